@@ -1,0 +1,1279 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.5", "torchvision", "numpy", "matplotlib"]
+# ///
+"""DiffuseVAE in one file: a VAE draws a blurry image from a latent code, a conditional DDPM refines it.
+
+    python diffusevae.py                      # built-in shapes, on a CPU: both stages, samples, figures
+    python diffusevae.py --dataset cifar10    # the real thing, on one CUDA GPU
+    python diffusevae.py --stage sample --num-samples 1000 --steps 10 --save-images
+
+After "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation from Low-Dimensional Latents"
+(Pandey et al., arXiv 2201.00308). The sections, in the order the data flows:
+
+    1 Config     every option once, presets              6 Mixture     a density fitted to the latents
+    2 Data       images as one uint8 tensor              7 DiffuseVAE  VAE and DDPM joined
+    3 VAE        image -> code -> blurry image           8 Training    two stages, EMA, checkpoints
+    4 Diffusion  noising, DDPM and DDIM, the bound       9 Pictures    grids, strips, curves
+    5 U-Net      the network that denoises              10 Main        the command line and its stages
+
+Images are float [N, C, S, S] in [-1, 1] everywhere; `to_float` and `to_uint8` are the only converters.
+"""
+import argparse, copy, csv, dataclasses, hashlib, json, math, os, signal, sys, time, warnings, zipfile, zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# --------------------------------------------------------------------------------------------------------
+# 1 Config: every option once, with its default, its help text and the values it takes
+# --------------------------------------------------------------------------------------------------------
+
+DATASETS = ("shapes", "mnist", "fashion_mnist", "cifar10", "folder")
+STAGES = ("all", "vae", "ddpm", "sample")
+
+
+def option(group, default, help, takes=None):
+    """A field of Config; `takes` is its words, or its smallest and largest number."""
+    return dataclasses.field(default=default, metadata=dict(group=group, help=help, takes=takes))
+
+
+# A run folder is bound to its model options, remembers its training options, which may change, and leaves the rest
+# to the command at hand.
+_run, _model, _training, _sampling = (partial(option, g) for g in ("run", "model", "training", "sampling"))
+
+
+@dataclasses.dataclass
+class Config:
+    """All options of a run; `Config.preset("cifar10", lr=1e-4)` starts from the defaults of a data set.
+
+    Raises ValueError, naming the option and what it takes, for a value that cannot work.
+    """
+    stage: str = _run("all", "all trains what is not yet trained, then samples", STAGES)
+    run_dir: str = _run("", "folder of checkpoints, log and pictures (runs/<dataset>)")
+    device: str = _run("auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
+    precision: str = _run("auto", "auto: bf16 on CUDA that has it natively, else fp32", ("auto", "fp32", "bf16"))
+    compile: str = _run("auto", "torch.compile the training step; auto: on CUDA", ("auto", "on", "off"))
+
+    dataset: str = _model("shapes", "shapes is drawn by this file, folder is any folder of images", DATASETS)
+    image_size: int = _model(32, "height and width of the images", (8, 1024))
+    formulation: str = _model("1", "x_T ~ N(0, I), x_T ~ N(x_hat, I), or no VAE", ("1", "2", "none"))
+    vae_from: str = _model("", "run folder whose trained VAE is used instead of training one")
+    z_dim: int = _model(512, "size of the latent code", (1, 65536))
+    vae_width: int = _model(64, "channels of the VAE's largest maps", (1, 4096))
+    kl_weight: float = _model(1.0, "weight of the KL term in the VAE's loss", (0, 1e6))
+    z_cond: bool = _model(False, "the U-Net sees the latent code besides x_hat")
+    unet_width: int = _model(128, "channels of the U-Net's largest maps", (2, 4096))
+    unet_mults: tuple = _model((1, 2, 2, 2), "channel multipliers; the maps halve from one to the next")
+    res_blocks: int = _model(2, "residual blocks at each resolution", (1, 16))
+    attention: tuple = _model(None, "resolutions that attend, or none (16, or the smallest maps)")
+    heads: int = _model(8, "heads of the self-attention", (1, 64))
+    dropout: float = _model(0.1, "dropout in the U-Net", (0, 0.9))
+    timesteps: int = _model(1000, "T, the steps of the diffusion; betas scale with 1000 / T", (2, 100_000))
+    schedule: str = _model("linear", "how beta grows with t", ("linear", "cosine", "geometric"))
+    predict: str = _model("eps", "what the U-Net predicts (v: arXiv 2202.00512)", ("eps", "v"))
+
+    data_dir: str = _training("data", "where data sets are kept, or the folder of --dataset folder")
+    vae_steps: int = _training(100_000, "updates of the VAE", (1, 10**9))
+    ddpm_steps: int = _training(400_000, "updates of the U-Net", (1, 10**9))
+    vae_batch: int = _training(128, "images per update of the VAE", (1, 65536))
+    batch_size: int = _training(128, "images per update of the U-Net", (1, 65536))
+    vae_lr: float = _training(1e-3, "peak learning rate of the VAE", (1e-9, 1e3))
+    lr: float = _training(2e-4, "peak learning rate of the U-Net", (1e-9, 1e3))
+    lr_decay: str = _training("cosine", "constant rates, or down to zero along a cosine", ("none", "cosine"))
+    warmup: int = _training(1000, "updates while a rate rises from zero, a tenth of all at most", (0, 10**9))
+    grad_clip: float = _training(1.0, "largest norm of a gradient; 0 is no limit", (0, 1e9))
+    ema: float = _training(0.9999, "decay of the moving average of the U-Net's weights", (0, 0.999999))
+    hflip: bool = _training(True, "mirror half of the training images")
+    save_every: int = _training(5000, "updates between checkpoints", (1, 10**9))
+    log_every: int = _training(100, "updates between rows of the log", (1, 10**9))
+    seed: int = _training(0, "of initial weights, data order, noise and samples", (0, 2**32 - 1))
+
+    num_samples: int = _sampling(64, "images to draw", (1, 10**7))
+    sample_batch: int = _sampling(250, "images drawn at once; changes speed, not images", (1, 65536))
+    steps: int = _sampling(50, "steps kept of T when sampling", (1, 100_000))
+    eta: float = _sampling(0.0, "0 is DDIM, 1 is ancestral sampling (DDPM)", (0, 1))
+    spacing: str = _sampling("trailing", "which steps are kept", ("uniform", "quad", "trailing"))
+    variance: str = _sampling("small", "of ancestral sampling; large needs every step", ("small", "large"))
+    temperature: float = _sampling(1.0, "standard deviation of the noise sampling starts from", (0, 10))
+    prior: str = _sampling("normal", "z from N(0, I) or a mixture fitted to training latents", ("normal", "gmm"))
+    gmm_components: int = _sampling(50, "Gaussians in that mixture", (1, 10_000))
+    cond_noise: float = _sampling(0.0, "standard deviation of noise put on x_hat before it is refined", (0, 10))
+    save_images: bool = _sampling(False, "write each sample as a PNG in samples/, x_hat in vae_samples/")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, takes = getattr(self, f.name), f.metadata["takes"]
+            words = takes and isinstance(takes[0], str)
+            if takes and not (value in takes if words else takes[0] <= value <= takes[1]):    # nan fails too
+                allowed = ", ".join(takes) if words else f"numbers from {takes[0]} to {takes[1]}"
+                raise ValueError(f"{flag(f.name)} takes {allowed}, not {value}")
+        self.run_dir = self.run_dir or f"runs/{self.dataset}"
+        if not (1 <= len(self.unet_mults) <= 8 and all(1 <= m <= 64 for m in self.unet_mults)):
+            raise ValueError(f"--unet-mults takes 1 to 8 numbers from 1 to 64, not {self.unet_mults}")
+        if self.steps > self.timesteps:
+            raise ValueError(f"--steps takes numbers from 1 to {self.timesteps} (--timesteps), not {self.steps}")
+        if self.variance == "large" and (self.eta < 1 or self.steps < self.timesteps):
+            raise ValueError(f"--variance large is sound only with --eta 1 --steps {self.timesteps}: add these")
+        if self.formulation == "none" and (self.z_cond or self.vae_from or self.prior == "gmm" or self.cond_noise
+                                           or self.stage == "vae"):
+            raise ValueError("--formulation none has no VAE for --z-cond, --vae-from, --prior gmm, --cond-noise or "
+                             "--stage vae: leave these out")
+
+    @property
+    def channels(self):
+        """Colour channels of the images."""
+        return 1 if self.dataset in ("mnist", "fashion_mnist") else 3
+
+    @classmethod
+    def preset(cls, dataset="shapes", **options):
+        """The defaults of a data set, scaled to a large `image_size`, with `options` put over them."""
+        size, scaled = options.get("image_size", 32), {}
+        if size >= 64:    # multipliers and rates of the paper's CelebA-64 and CelebA-HQ networks
+            scaled = dict(unet_mults=(1, 2, 2, 2, 4) if size < 256 else (1, 1, 2, 2, 4, 4), vae_batch=64, sample_batch=50,
+                          batch_size=32 if size < 128 else 8, lr=2e-4 if size < 128 else 2e-5)
+        return cls(dataset=dataset, **{**PRESETS.get(dataset, {}), **scaled, **options})
+
+
+PRESETS = {
+    # Six minutes on two CPU cores: small images, v and the cosine schedule (clean pictures soon), high rates.
+    "shapes": dict(image_size=16, z_dim=16, vae_width=16, vae_steps=2500, vae_batch=64, vae_lr=2e-3, unet_width=24,
+                   unet_mults=(1, 2), res_blocks=1, heads=4, dropout=0.0, predict="v", schedule="cosine",
+                   ddpm_steps=1800, batch_size=32, lr=2e-3, warmup=100, ema=0.995, hflip=False, save_every=500,
+                   log_every=50, steps=10, gmm_components=10),
+    # One night on one consumer GPU: the paper's U-Net, with attention really at 16x16, and a lean VAE.
+    "cifar10": dict(dropout=0.3),
+    "mnist": dict(z_dim=64, vae_width=32, unet_width=64, vae_steps=20_000, ddpm_steps=50_000, hflip=False),
+    "fashion_mnist": dict(z_dim=64, vae_width=32, unet_width=64, vae_steps=20_000, ddpm_steps=50_000),
+}
+
+
+def flag(name):
+    """z_dim -> --z-dim."""
+    return "--" + name.replace("_", "-")
+
+
+# --------------------------------------------------------------------------------------------------------
+# 2 Data: every data set ends as one uint8 tensor, so that a batch is an index, a flip and a scale
+# --------------------------------------------------------------------------------------------------------
+
+
+def to_float(images):
+    """uint8 [N, C, S, S] in 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Float [N, C, S, S] in [-1, 1] -> uint8 in 0..255, rounded, clipped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_shapes(n, size, seed):
+    """n pictures of a circle, square or triangle -> uint8 [n, 3, size, size] and labels [n] in 0..2.
+
+    Place, size and both colours are coarse: a small code holds them. The crisp outline and the phase of the stripes
+    are fine: the code drops them, the VAE averages over them, and the DDPM has to draw them.
+    """
+    g = torch.Generator().manual_seed(seed)
+    uniform = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=g)
+    label, axis = torch.randint(3, (n,), generator=g), (torch.arange(size) + 0.5) / size * 2 - 1
+    x, y = axis.view(1, 1, -1) - uniform(-0.22, 0.22), axis.view(1, -1, 1) - uniform(-0.22, 0.22)
+    radius, hue, ground, phase = uniform(0.5, 0.75), uniform(0, 1), uniform(0, 1), uniform(0, 1)
+    distance = torch.stack([    # from the edge, negative inside, in half images: [3, n, size, size]
+        (x**2 + y**2).sqrt() - radius,
+        torch.maximum(x.abs(), y.abs()) - 0.85 * radius,
+        torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.55 * radius])[label, torch.arange(n)]
+    cover = lambda d: (0.5 - d * size / 2).clamp(0, 1)[:, None]    # [n, 1, size, size], anti-aliased over a pixel
+    colour = lambda h: 0.5 + 0.5 * (2 * math.pi * (h[:, None] + torch.arange(3).view(3, 1, 1) / 3)).cos()
+    stripes = (3 * (2 * math.pi * (1.6 * (x + y) + phase)).sin()).clamp(-1, 1)[:, None]
+    fill, image = (0.25 + 0.75 * colour(hue)) * (0.72 + 0.28 * stripes), 0.1 + 0.35 * colour(ground)
+    for layer, alpha in ((torch.ones(()), cover(distance)), (fill, cover(distance + 0.16))):
+        image = image * (1 - alpha) + layer * alpha
+    return (image * 255).round().to(torch.uint8), label
+
+
+def load_images(name, data_dir, image_size, split, cache_dir=None):
+    """A data set by name -> uint8 [N, C, S, S] on the CPU and labels long [N], None for a folder.
+
+    `split` is train or test; a folder keeps 5 % of its images for test, and what it decoded in `cache_dir`.
+    Raises ValueError for an unknown name, and for data that is missing, empty or damaged.
+    """
+    train = split == "train"
+    if name == "shapes":
+        return draw_shapes(50_000, image_size, seed=1) if train else draw_shapes(10_000, image_size, seed=2)
+    if name == "folder":
+        images = load_folder(data_dir, image_size, cache_dir)
+        order, held = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)), -(-len(images) // 20)
+        return images[order[held:] if train else order[:held]], None
+    classes = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")
+    if name not in classes:
+        raise ValueError(f"--dataset takes {', '.join(DATASETS)}, not {name}")
+    import torchvision.datasets
+    try:
+        data = getattr(torchvision.datasets, classes[name])(data_dir, train=train, download=True)
+    except (RuntimeError, OSError) as e:
+        raise ValueError(f"{name} is not whole in --data-dir {data_dir} and cannot be downloaded: {e}") from None
+    images = torch.as_tensor(data.data)
+    images = F.pad(images[:, None], (2, 2, 2, 2)) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+    if image_size != 32:
+        resize = partial(F.interpolate, size=(image_size, image_size), mode="bicubic", antialias=True)
+        images = torch.cat([to_uint8(resize(to_float(x))) for x in images.split(1000)])
+    return images, torch.as_tensor(data.targets)
+
+
+def load_folder(folder, size, cache_dir=None):
+    """Every image below a folder, upright, RGB, cropped to its middle, resized -> uint8 [N, 3, size, size].
+
+    What is no usable image is skipped, counted and named. The result stays in `cache_dir` until the folder changes.
+    Raises ValueError if the folder is missing or holds fewer than two usable images.
+    """
+    root, images, bad = Path(folder), [], []
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {folder}: give --data-dir a folder of images")
+    files = sorted(p for p in root.rglob("*") if not p.name.startswith(".") and not p.is_dir())
+    stamp = repr([size] + [(os.fsencode(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in files]).encode()
+    cache = Path(cache_dir or "", f"images-{hashlib.sha256(stamp).hexdigest()[:16]}.npy")
+    if cache_dir and cache.exists():
+        return torch.from_numpy(np.load(cache, allow_pickle=False))
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")    # Pillow's name no file; what cannot be read is named below
+        for i, image in enumerate(pool.map(partial(decode_image, size=size), files)):
+            images.append(image) if image is not None else bad.append(ascii(str(files[i].relative_to(root))))
+            if i % 1000 == 999:
+                report(f"decoded {i + 1} of {len(files)} files", passing=True)
+    if bad:
+        report(f"skipped {len(bad)} of {len(files)} files, no usable images: {', '.join(bad[:10])}"
+               + ", ..." * (len(bad) > 10))
+    if len(images) < 2:
+        raise ValueError(f"{folder} holds {len(images)} usable images: it takes 2 or more, one of them for testing")
+    if cache_dir:
+        save_atomic(cache, lambda f: np.save(f, np.stack(images)))
+    return torch.from_numpy(np.stack(images))
+
+
+def decode_image(path, size):
+    """An image file -> uint8 [3, size, size]; None if it is damaged, huge or no image."""
+    from PIL import Image, ImageOps    # torchvision brings Pillow
+    try:
+        with Image.open(path) as im:
+            if im.width * im.height > 2**26 or im.mode == "F":    # a decompression bomb; floats of unknown range
+                return None
+            im = ImageOps.exif_transpose(im)
+            if im.mode.startswith("I"):    # 16 bits, which convert() would clip to white
+                im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
+            if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
+                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+            return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size), Image.BICUBIC)).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------
+# 3 VAE: image -> latent code -> blurry image
+# --------------------------------------------------------------------------------------------------------
+
+
+class VAE(nn.Module):
+    """A lean convolutional beta-VAE (arXiv 1312.6114; DiffuseVAE, section 3.1).
+
+        q(z|x) = N(mu, diag exp(logvar)),    p(z) = N(0, I),    x_hat = decode(z)
+        L = sum over pixels of ((x - x_hat) / 2)^2 + kl_weight * KL(q(z|x) || p(z)),    mean over the batch
+
+    Half the difference is that of images in [0, 1], the paper's scale. Images are [B, channels, S, S] in [-1, 1],
+    S = image_size; the maps halve while their size is even and above 4. There is no normalisation, which would take
+    out the brightness and colour that the code is to hold.
+    """
+
+    def __init__(self, image_size, channels=3, z_dim=512, width=64):
+        super().__init__()
+        size, c_in, c_out, down, up = image_size, channels, width, [], []
+        while size % 2 == 0 and size > 4:
+            down += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.SiLU()]
+            up = [nn.Upsample(scale_factor=2), nn.Conv2d(c_out, c_in if up else width, 3, padding=1), nn.SiLU(), *up]
+            size, c_in, c_out = size // 2, c_out, min(2 * c_out, 4 * width)
+        flat, hidden = c_in * size * size, 16 * width
+        self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.SiLU(),
+                                     nn.Linear(hidden, 2 * z_dim))
+        self.decoder = nn.Sequential(nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, flat), nn.SiLU(),
+                                     nn.Unflatten(1, (c_in, size, size)), *up,
+                                     nn.Conv2d(width if up else channels, channels, 3, padding=1), nn.Tanh())
+
+    def encode(self, x):
+        """Images [B, C, S, S] -> mu, logvar of q(z|x), each [B, z_dim]."""
+        mu, logvar = self.encoder(x).float().chunk(2, dim=1)
+        return mu, logvar.clamp(-20, 20)    # beyond that exp() drowns the rest of the loss
+
+    def decode(self, z):
+        """Latents [B, z_dim] -> x_hat [B, C, S, S] in [-1, 1]."""
+        return self.decoder(z).float()
+
+    def loss(self, x, kl_weight=1.0):
+        """Images [B, C, S, S] -> L, its squared error and its KL: scalars, in nats an image."""
+        mu, logvar = self.encode(x)
+        x_hat = self.decode(mu + (0.5 * logvar).exp() * torch.randn_like(mu))
+        error = ((x - x_hat) / 2).square().flatten(1).sum(1).mean()
+        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
+        return error + kl_weight * kl, error, kl
+
+
+# --------------------------------------------------------------------------------------------------------
+# 4 Diffusion: noising and denoising, for any network
+# --------------------------------------------------------------------------------------------------------
+
+
+def timesteps_for(timesteps, steps, spacing="trailing"):
+    """The n = `steps` timesteps to keep of 0..T-1, T = `timesteps`: an increasing long tensor [n], all distinct.
+
+        uniform   i T // n                              ("linear" in arXiv 2010.02502, appendix D.2)
+        quad      max(i, int(0.8 T (i / (n - 1))^2))    ("quadratic" there)
+        trailing  (i + 1) T // n - 1                    alone starts at T - 1, where x_T ~ N(0, I) is true
+
+    n = 1 is [T - 1] in each. Raises ValueError for n outside 1..T and for an unknown spacing.
+    """
+    T, n = timesteps, steps
+    if not 1 <= n <= T:
+        raise ValueError(f"steps must be from 1 to {T}, the timesteps, not {n}")
+    rules = dict(uniform=lambda i: i * T // n, quad=lambda i: max(i, int(0.8 * T * (i / (n - 1)) ** 2)),
+                 trailing=lambda i: (i + 1) * T // n - 1)
+    if spacing not in rules:
+        raise ValueError(f"spacing must be uniform, quad or trailing, not {spacing!r}")
+    return torch.tensor([rules[spacing if n > 1 else "trailing"](i) for i in range(n)])
+
+
+class GaussianDiffusion:
+    """Images into noise and back (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502), for any network.
+
+    t runs 0..T-1; index -1 is the clean image, with a_{-1} = 1. With a_t = prod_{s <= t} (1 - beta_s),
+
+        x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps + shift,    eps ~ N(0, I)
+
+    where `shift` is 0 in DiffuseVAE's formulation 1 and x_hat in its formulation 2, whose chain ends in N(x_hat, I).
+    Everything is done in y_t = x_t - shift. The contract: x_t carries the shift for t >= 0, the clean image never
+    does; noise is handed in and returned as y_T, standard normal. Tensors are [B, ...] of any shape.
+
+    `model` is any callable (x_t, t) -> prediction, t long [B] in 0..T-1; it predicts eps, or
+    v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512). Raises ValueError for betas outside (0, 1), unknown
+    names, and a schedule with sqrt(a_{T-1}) > 0.1, which leaves too much of the image in x_T to start from noise.
+    """
+
+    def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", predict="eps"):
+        T, f64 = timesteps, torch.float64
+        if schedule == "linear":
+            beta = torch.linspace(beta_start, beta_end, T, dtype=f64)
+        elif schedule == "geometric":
+            beta = torch.logspace(math.log10(beta_start), math.log10(beta_end), T, dtype=f64)
+        elif schedule == "cosine":    # arXiv 2102.09672, equation 17; beta_start and beta_end play no part
+            f = ((torch.arange(T + 1, dtype=f64) / T + 0.008) / 1.008 * math.pi / 2).cos().square()
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        else:
+            raise ValueError(f"schedule must be linear, cosine or geometric, not {schedule!r}")
+        if not 0 < beta.min() <= beta.max() < 1:
+            raise ValueError(f"betas must lie between 0 and 1, not reach from {beta_start} to {beta_end}")
+        if predict not in ("eps", "v"):
+            raise ValueError(f"predict must be eps or v, not {predict!r}")
+        self.timesteps, self.predict, self._tables = T, predict, {}
+        self.alpha_bar = torch.cat([(1 - beta).cumprod(0), torch.ones(1, dtype=f64)])    # [T + 1]; a_{-1} is the last
+        if (left := self.alpha_bar[T - 1].sqrt()) > 0.1:
+            raise ValueError(f"the {schedule} schedule leaves {left:.2f} of the image in x_T, where sampling from noise "
+                             "takes at most 0.10: more timesteps or larger betas are needed")
+
+    def _signal_noise(self, t, like):
+        """sqrt(a_t), sqrt(1 - a_t) for t [B], each [B, 1, ...] like `like`; computed in float64, cast once."""
+        key = like.device, like.dtype
+        if key not in self._tables:
+            table = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])
+            self._tables[key] = table.to(like.dtype).to(like.device)
+        return self._tables[key][:, t].reshape(2, -1, *[1] * (like.dim() - 1))
+
+    def q_sample(self, x0, t, noise, shift=0):
+        """x_t ~ q(x_t | x_0), [B, ...], from x_0 and noise [B, ...] and t [B] (arXiv 2006.11239, equation 4)."""
+        signal, sigma = self._signal_noise(t, x0)
+        return signal * x0 + sigma * noise + shift
+
+    def target(self, x0, t, noise):
+        """What the network is to predict at q_sample(x0, t, noise): eps or v, [B, ...]."""
+        signal, sigma = self._signal_noise(t, x0)
+        return noise if self.predict == "eps" else signal * noise - sigma * x0
+
+    def predict_x0(self, x_t, t, out, shift=0):
+        """x_0 and eps, both [B, ...], from the network's output at x_t, t [B]."""
+        signal, sigma = self._signal_noise(t, x_t)
+        y = x_t - shift
+        if self.predict == "eps":
+            return (y - sigma * out) / signal, out
+        return signal * y - sigma * out, sigma * y + signal * out
+
+    def q_posterior(self, x0, x_t, t, s=None, shift=0):
+        """q(x_s | x_t, x_0) -> mean [B, ...], variance [B, 1, ...] (arXiv 2006.11239, equations 6 and 7).
+
+        t and s < t are ints or long [B]; s, the previous kept step, is t - 1 by default, and -1 the clean image.
+        """
+        t = torch.as_tensor(t).cpu().reshape(-1)
+        s = t - 1 if s is None else torch.as_tensor(s).cpu().reshape(-1)
+        a_t, a_s = self.alpha_bar[t], self.alpha_bar[s]
+        b = 1 - a_t / a_s    # beta of the jump from s to t
+        rows = torch.stack([b * a_s.sqrt() / (1 - a_t), (1 - b).sqrt() * (1 - a_s) / (1 - a_t),
+                            b * (1 - a_s) / (1 - a_t), (s >= 0).double()])
+        of_x0, of_y, variance, noisy = rows.to(x_t.dtype).to(x_t.device).reshape(4, -1, *[1] * (x_t.dim() - 1))
+        return of_x0 * x0 + of_y * (x_t - shift) + noisy * shift, variance
+
+    @torch.no_grad()
+    def trajectory(self, model, y_T, steps, eta=0.0, spacing="trailing", shift=0, clip=True, variance="small",
+                   generator=None):
+        """Denoise y_T [B, ...] step by step; yields s, x_s and the predicted x_0 (arXiv 2010.02502, equation 12).
+
+            y_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) eps + sigma noise
+            sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s)
+
+        eta = 0 is DDIM, eta = 1 ancestral sampling, with the posterior's variance or (`large`) beta_t, sound only if
+        no step is skipped. `clip` keeps x_0 in [-1, 1] and lets eps follow. The last step, s = -1, adds no noise.
+        `generator`: see `randn`. Raises ValueError for eta outside [0, 1] and a large variance that is unsound.
+        """
+        kept = timesteps_for(self.timesteps, steps, spacing).tolist()
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be from 0 (DDIM) to 1 (ancestral sampling), not {eta}")
+        if variance not in ("small", "large") or variance == "large" and (eta < 1 or steps < self.timesteps):
+            raise ValueError(f"variance must be small, or large with eta 1 and all {self.timesteps} steps")
+        x = y_T + shift
+        for t, s in zip(reversed(kept), reversed([-1] + kept[:-1])):
+            a_t, a_s = self.alpha_bar[t].item(), self.alpha_bar[s].item()
+            t = torch.full((len(x),), t, device=x.device)
+            x0, eps = self.predict_x0(x, t, model(x, t), shift)
+            if clip:
+                x0 = x0.clamp(-1, 1)
+                eps = (x - shift - a_t**0.5 * x0) / (1 - a_t) ** 0.5
+            sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
+            x = a_s**0.5 * x0 + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps
+            if s >= 0:
+                spread = (1 - a_t / a_s) ** 0.5 if variance == "large" else sigma
+                x = x + shift + (spread * randn(x.shape, x, generator) if spread else 0)
+            yield s, x, x0
+
+    def sample(self, model, y_T, steps, eta=0.0, **options):
+        """Noise y_T [B, ...] -> the clean image x_0 [B, ...]: the end of `trajectory`, whose options these are."""
+        for _, x, _ in self.trajectory(model, y_T, steps, eta, **options):
+            pass
+        return x
+
+    @torch.no_grad()
+    def invert(self, model, x0, steps, spacing="trailing", shift=0, iterations=5):
+        """The y_T [B, ...] from which DDIM (eta = 0, clip=False, the same steps) returns x0 [B, ...].
+
+        A DDIM step from t to s solved for y_t is implicit, for eps is that at the unknown y_t:
+
+            y_t = sqrt(a_t / a_s) y_s + (sqrt(1 - a_t) - sqrt(a_t / a_s) sqrt(1 - a_s)) eps(y_t, t)
+
+        Fixed-point iterations from y_s solve it; one of them is the customary, inexact inversion.
+        """
+        y, a_s = x0, 1.0
+        for t in timesteps_for(self.timesteps, steps, spacing).tolist():
+            a_t, y_s = self.alpha_bar[t].item(), y
+            ratio, t = (a_t / a_s) ** 0.5, torch.full((len(y),), t, device=y.device)
+            for _ in range(iterations):
+                eps = self.predict_x0(y + shift, t, model(y + shift, t), shift)[1]
+                y = ratio * y_s + ((1 - a_t) ** 0.5 - ratio * (1 - a_s) ** 0.5) * eps
+            a_s = a_t
+        return y
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x0, shift=0, generator=None, progress=None):
+        """The variational bound on -log2 p(x_0) per dimension, term by term (arXiv 2006.11239, sections 2 and 3.3).
+
+            L_T = KL(q(x_T|x_0) || p(x_T)),    L_t = sum over t >= 1 of KL(q(x_s|x_t, x_0) || p(x_s|x_t)),    L_0
+
+        p has the posterior's variance, at t = 0 that of t = 1, and a mean from x_0 predicted and clipped; L_0 is a
+        Gaussian discretised to the 256 grey levels of x0 [B, ...]. Takes T calls of the model, and calls
+        progress(t) after each. Returns L_T, L_t, L_0 and their sum `total` in bits, each [B].
+        """
+        bits = lambda nats: nats.flatten(1).mean(1) / math.log(2)
+        a_T = self.alpha_bar[self.timesteps - 1].item()
+        terms = dict(L_T=bits(0.5 * (a_T * x0.square() - a_T - math.log1p(-a_T))), L_t=0)
+        for i in reversed(range(self.timesteps)):
+            t = torch.full((len(x0),), i, device=x0.device)
+            x_t = self.q_sample(x0, t, randn(x0.shape, x0, generator), shift)
+            guess = self.predict_x0(x_t, t, model(x_t, t), shift)[0].clamp(-1, 1)
+            if i > 0:    # two Gaussians of one variance
+                (mean, variance), (guessed, _) = (self.q_posterior(x, x_t, i, shift=shift) for x in (x0, guess))
+                terms["L_t"] = terms["L_t"] + bits((mean - guessed).square() / (2 * variance))
+            else:
+                width = (2 * self.q_posterior(x0, x_t, 1)[1]).sqrt()
+                below = lambda edge: 0.5 * torch.erfc((guess - edge) / width)    # the mass below an edge
+                upper = torch.where(x0 > 0.999, 1.0, below(x0 + 1 / 255))
+                mass = upper - torch.where(x0 < -0.999, 0.0, below(x0 - 1 / 255))
+                terms["L_0"] = bits(-mass.clamp(min=1e-12).log())
+            if progress:
+                progress(i)
+        return {**terms, "total": sum(terms.values())}
+
+
+def randn(shape, like, generator=None):
+    """Standard-normal noise of this shape, with the device and dtype of `like`.
+
+    `generator` is None, a torch.Generator, or a list of one for each of the shape[0] images, so that the noise of an
+    image does not depend on what else is in its batch.
+    """
+    if isinstance(generator, (list, tuple)):
+        return torch.stack([randn(shape[1:], like, g) for g in generator])
+    device = like.device if generator is None else generator.device
+    return torch.randn(shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
+
+
+# --------------------------------------------------------------------------------------------------------
+# 5 U-Net: the network that denoises
+# --------------------------------------------------------------------------------------------------------
+
+
+class UNet(nn.Module):
+    """DDPM's U-Net (arXiv 2006.11239, appendix B) with x_hat beside x_t at its input and, if z_dim, z beside t.
+
+    `mults` times `width` are the channels at image_size, image_size / 2, ...; `attention` lists the RESOLUTIONS that
+    attend (16 means the 16x16 maps; None is 16, or the smallest maps where 16 never occurs). Raises ValueError if
+    the image cannot be halved so often, a resolution asked for never occurs, or the heads do not divide the channels.
+    """
+
+    def __init__(self, image_size, channels=3, cond_channels=0, width=128, mults=(1, 2, 2, 2), res_blocks=2,
+                 attention=None, heads=8, dropout=0.0, z_dim=0):
+        super().__init__()
+        if image_size % 2 ** (len(mults) - 1):
+            raise ValueError(f"image_size {image_size} cannot be halved {len(mults) - 1} times, as unet_mults asks: "
+                             f"take a multiple of {2 ** (len(mults) - 1)}, or fewer multipliers")
+        sizes = [image_size >> i for i in range(len(mults))]
+        attention = attention if attention is not None else (16,) if 16 in sizes else sizes[-1:]
+        for size in set(attention) - set(sizes):
+            raise ValueError(f"attention at {size} never occurs: the maps are of size {', '.join(map(str, sizes))}")
+        for m, size in zip(mults, sizes):
+            if (size in attention or size == sizes[-1]) and width * m % heads:    # the middle always attends
+                raise ValueError(f"heads must divide the {width * m} channels at {size}x{size}, which {heads} do not")
+        emb, c, skips, self.width, self.cond_channels = 4 * width, width, [width], width, cond_channels
+        self.embed_t = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.embed_z = nn.Linear(z_dim, emb) if z_dim else None
+        self.first = nn.Conv2d(channels + cond_channels, width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for m, size in zip(mults, sizes):
+            for _ in range(res_blocks):
+                self.down.append(Block(c, width * m, emb, dropout, heads if size in attention else 0))
+                skips.append(c := width * m)
+            if size > sizes[-1]:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+        self.middle = nn.ModuleList([Block(c, c, emb, dropout, heads), Block(c, c, emb, dropout)])
+        for m, size in zip(reversed(mults), reversed(sizes)):
+            for _ in range(res_blocks + 1):
+                self.up.append(Block(c + skips.pop(), width * m, emb, dropout, heads if size in attention else 0))
+                c = width * m
+            if size < sizes[0]:
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))
+        self.last = nn.Sequential(group_norm(c), nn.SiLU(), zeroed(nn.Conv2d(c, channels, 3, padding=1)))
+
+    def forward(self, x_t, t, x_hat=None, z=None):
+        """x_t [B, C, S, S], t long [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> prediction [B, C, S, S]."""
+        half = torch.arange(self.width // 2, device=t.device) / (self.width // 2)
+        angle = t[:, None] * torch.exp(-math.log(10_000) * half)    # [B, width // 2]
+        emb = self.embed_t(F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.width % 2)))
+        emb = F.silu(emb if self.embed_z is None else emb + self.embed_z(z))    # [B, 4 width]
+        h = self.first(torch.cat([x_t, x_hat], dim=1) if self.cond_channels else x_t)
+        skips = [h]
+        for layer in self.down:
+            skips.append(h := layer(h, emb) if isinstance(layer, Block) else layer(h))
+        for block in self.middle:
+            h = block(h, emb)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, Block) else layer(h)
+        return self.last(h)
+
+
+class Block(nn.Module):
+    """A residual block that the embedding scales and shifts, with self-attention after it if it has heads."""
+
+    def __init__(self, c_in, c_out, emb, dropout, heads=0):
+        super().__init__()
+        self.first = nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.norm, self.scale_shift = group_norm(c_out), nn.Linear(emb, 2 * c_out)
+        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1)))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attend = Attention(c_out, heads) if heads else nn.Identity()
+
+    def forward(self, x, emb):
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)    # each [B, c_out, 1, 1]
+        h = self.norm(self.first(x)) * (1 + scale) + shift
+        return self.attend(self.skip(x) + self.second(h))
+
+
+class Attention(nn.Module):
+    """x plus self-attention among its positions."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads, self.norm = heads, group_norm(channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        h = F.scaled_dot_product_attention(*qkv.transpose(3, 4).unbind(1))    # [B, heads, H * W, C / heads]
+        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+def group_norm(channels):
+    """GroupNorm with up to 32 groups of at least four channels each, for any number of channels."""
+    return nn.GroupNorm(max(1, math.gcd(channels, 128) // 4), channels)
+
+
+def zeroed(layer):
+    """The layer with all parameters at zero, so that the residual branch it ends starts as nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+# --------------------------------------------------------------------------------------------------------
+# 6 Mixture: a density fitted to the latents, a better prior to draw from than N(0, I)
+# --------------------------------------------------------------------------------------------------------
+
+
+class GaussianMixture:
+    """Gaussians with full covariances, fitted by expectation maximisation: ex-post density estimation (1903.12436).
+
+    After `fit`: weights [K], means [K, D] and chol [K, D, D], the Cholesky factors of the covariances.
+    """
+
+    def __init__(self, components):
+        self.components = components
+
+    def fit(self, z, iterations=100, tolerance=1e-4, generator=None):
+        """Points z [N, D] -> self; ends when an iteration gains less than `tolerance` nats a point.
+
+        `history` keeps the mean log-likelihood of each iteration. Raises ValueError for fewer points than components
+        and for points that are not finite.
+        """
+        N, K = len(z), self.components
+        if N < K or not z.isfinite().all():
+            raise ValueError(f"gmm_components {K} needs as many points, all finite, and there are {N}: take fewer")
+        pick = lambda p: z[torch.multinomial(p.cpu(), 1, generator=generator).item()][None]
+        nearest, centres = torch.ones_like(z[:, 0]), z[:0]
+        for _ in range(K):    # k-means++: a point far from all centres is likely to be the next
+            centres = torch.cat([centres, pick(nearest + 1e-12)])
+            gap = (z - centres[-1]).square().sum(1)
+            nearest = gap if len(centres) == 1 else torch.minimum(nearest, gap)
+        resp = F.one_hot(torch.cdist(z, centres).argmin(1), K).to(z)    # responsibilities [N, K]
+        floor = (1e-6 * z.var(0, unbiased=False).mean() + 1e-9) * torch.eye(z.shape[1]).to(z)
+        self.history = []
+        while len(self.history) < iterations:
+            mass = resp.sum(0) + 1e-9
+            self.weights, self.means = mass / mass.sum(), resp.T @ z / mass[:, None]
+            self.chol = torch.linalg.cholesky(torch.stack(
+                [(r[:, None] * (z - m)).T @ (z - m) / n + floor for r, m, n in zip(resp.T, self.means, mass)]))
+            joint = self._joint(z)
+            self.history.append(joint.logsumexp(1).mean().item())
+            if len(self.history) > 1 and self.history[-1] < self.history[-2] + tolerance:
+                break
+            resp = joint.softmax(1)
+        return self
+
+    def _joint(self, z):
+        """log(weight times density) of each component at z [N, D] -> [N, K]."""
+        inverse = torch.linalg.solve_triangular(self.chol, torch.eye(z.shape[1]).to(z), upper=False)
+        square = torch.stack([((z - m) @ p.T).square().sum(1) for p, m in zip(inverse, self.means)], dim=1)
+        logdet = self.chol.diagonal(dim1=1, dim2=2).log().sum(1)
+        return self.weights.log() - logdet - 0.5 * (square + z.shape[1] * math.log(2 * math.pi))
+
+    def log_prob(self, z):
+        """Points z [N, D] -> log-density [N], in nats."""
+        return self._joint(z).logsumexp(1)
+
+    def sample(self, n, generator=None):
+        """n draws [n, D], components in random order; `generator` as in `randn`."""
+        e = randn((n, 1 + self.means.shape[1]), self.means, generator)
+        u = 0.5 * torch.erfc(e[:, 0] / 2**0.5)    # uniform: the distribution function at a normal draw
+        k = torch.searchsorted(self.weights.cumsum(0), u).clamp(max=self.components - 1)
+        return self.means[k] + (self.chol[k] @ e[:, 1:, None])[:, :, 0]
+
+
+# --------------------------------------------------------------------------------------------------------
+# 7 DiffuseVAE: p(z) p(x|z), a standard normal and a DDPM that sees x_hat = decode(z)
+# --------------------------------------------------------------------------------------------------------
+
+
+class DiffuseVAE(nn.Module):
+    """Both models joined (DiffuseVAE, section 3): `vae` (None for formulation none), `unet`, `diffusion`, `config`.
+
+    Images are [N, C, S, S] in [-1, 1], latents z [N, z_dim], noise x_T ~ N(0, I) like the images; formulation 2
+    adds x_hat to it by itself. Keywords named like sampling options of Config override them for one call, as in
+    `model.decode(z, steps=10, eta=1.0)`, and raise its ValueErrors. `generator`: see `randn`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        plain = c.formulation == "none"
+        self.vae = None if plain else VAE(c.image_size, c.channels, c.z_dim, c.vae_width)
+        self.unet = UNet(c.image_size, c.channels, 0 if plain else c.channels, c.unet_width, c.unet_mults,
+                         c.res_blocks, c.attention, c.heads, c.dropout, c.z_dim if c.z_cond else 0)
+        ends = (1e-4, 0.05 if c.schedule == "geometric" else 0.02)    # of beta, for T = 1000
+        betas = (min(0.999, b * 1000 / c.timesteps) for b in ends)
+        self.diffusion = GaussianDiffusion(c.timesteps, *betas, c.schedule, c.predict)
+        self.mixture = None    # the fitted prior, once --prior gmm needs it
+
+    @classmethod
+    def load(cls, run_dir, device="auto"):
+        """A trained model from its run folder, ready to use. Raises ValueError if it is missing or damaged."""
+        model = cls(Config.preset(**read_options(run_dir), run_dir=str(run_dir)))
+        if model.vae:
+            model.vae.load_state_dict(load_checkpoint(run_dir, "vae", model)["model"])
+        model.unet.load_state_dict(load_checkpoint(run_dir, "ddpm", model)["ema"])
+        return model.to(find_device(device), memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def loss(self, x, unet=None):
+        """Stage 2: mean squared error of the predicted eps or v on images x [B, C, S, S], a scalar.
+
+        z ~ q(z|x) is drawn afresh; t is spread evenly over the batch, for a steadier loss (2107.00630, I.1).
+        """
+        x_hat = z = None
+        if self.vae:
+            with torch.no_grad():
+                mu, logvar = self.vae.encode(x)
+                z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+                x_hat = self.vae.decode(z)
+        u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1
+        t, noise = (u * self.config.timesteps).long(), torch.randn_like(x)    # t [B]
+        x_t = self.diffusion.q_sample(x, t, noise, self.shift(x_hat))
+        return F.mse_loss(self.denoiser(x_hat, z, unet)(x_t, t), self.diffusion.target(x, t, noise))
+
+    def denoiser(self, x_hat=None, z=None, unet=None):
+        """The U-Net (or another `unet`), given x_hat and z, as GaussianDiffusion's (x_t, t) -> prediction."""
+        z = (self.encode(x_hat) if z is None else z) if self.config.z_cond else None
+        return lambda x_t, t: (unet or self.unet)(x_t, t, x_hat, z).float()
+
+    def shift(self, x_hat):
+        """What x_t carries besides signal and noise: x_hat in formulation 2, else nothing."""
+        return x_hat if self.config.formulation == "2" else 0
+
+    def latents(self, n, generator=None, **options):
+        """n latents [n, z_dim] of the prior: N(0, I), or the mixture. Without a VAE they are [n, 0]."""
+        like, c = next(self.parameters()), dataclasses.replace(self.config, **options)
+        if c.prior == "gmm":
+            return self.mixture.sample(n, generator).to(like)
+        return randn((n, c.z_dim if self.vae else 0), like, generator)
+
+    def noise(self, n, generator=None):
+        """n times x_T ~ N(0, I), [n, C, S, S]."""
+        c = self.config
+        return randn((n, c.channels, c.image_size, c.image_size), next(self.parameters()), generator)
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Images -> latents, the means of q(z|x)."""
+        return self.vae.encode(x)[0]
+
+    @torch.no_grad()
+    def decode(self, z, x_T=None, generator=None, **options):
+        """Latents -> images: the VAE draws x_hat, the DDPM refines it from x_T, or from fresh noise."""
+        return self.refine(self.vae.decode(z) if self.vae else None, x_T, z, generator, **options)
+
+    @torch.no_grad()
+    def refine(self, x_hat, x_T=None, z=None, generator=None, **options):
+        """Blurry images, the VAE's or others -> refined ones. Without a VAE x_hat is None and len(z) counts."""
+        c = dataclasses.replace(self.config, **options)
+        if c.cond_noise:
+            x_hat = x_hat + c.cond_noise * randn(x_hat.shape, x_hat, generator)
+        if x_T is None:
+            x_T = c.temperature * self.noise(len(z if x_hat is None else x_hat), generator)
+        return self.diffusion.sample(self.denoiser(x_hat, z), x_T, c.steps, c.eta, spacing=c.spacing,
+                                     shift=self.shift(x_hat), variance=c.variance, generator=generator)
+
+    def sample(self, n, generator=None, **options):
+        """n new images."""
+        return self.decode(self.latents(n, generator, **options), None, generator, **options)
+
+    @torch.no_grad()
+    def invert(self, x, **options):
+        """Images -> latents z and the noise x_T for which decode(z, x_T, eta=0.0) returns the images."""
+        c, z = dataclasses.replace(self.config, **options), self.encode(x)
+        x_hat = self.vae.decode(z)
+        return z, self.diffusion.invert(self.denoiser(x_hat, z), x, c.steps, c.spacing, self.shift(x_hat))
+
+    def reconstruct(self, x, invert=False, generator=None, **options):
+        """Images -> latents -> images, with the x_T of `invert`, or one from the forward process q(x_T|x)."""
+        if invert:
+            return self.decode(*self.invert(x, **options), **{**options, "eta": 0.0})
+        last = torch.full((len(x),), self.config.timesteps - 1, device=x.device)
+        x_T = self.diffusion.q_sample(x, last, randn(x.shape, x, generator))
+        return self.decode(self.encode(x), x_T, generator, **options)
+
+    def interpolate(self, x, n=9, along="both", **options):
+        """Two images [2, C, S, S] -> n from the first to the second, along z (a line), x_T (an arc) or both."""
+        (z_a, z_b), (a, b) = self.invert(x, **options)
+        w = torch.linspace(0, 1, n, device=x.device)
+        v, w = (w * (along != "x_T"))[:, None], (w * (along != "z"))[:, None, None, None]
+        angle = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
+        arc = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
+        return self.decode(z_a + v * (z_b - z_a), arc, **{**options, "eta": 0.0})
+
+    @torch.no_grad()
+    def fit_mixture(self, images, components, batch=500):
+        """Fit the prior gmm to a draw from q(z|x) for each of uint8 images [N, C, S, S], in float64."""
+        codes, g, device = [], torch.Generator().manual_seed(self.config.seed), next(self.parameters()).device
+        for x in images.split(batch):
+            mu, logvar = self.vae.encode(to_float(x.to(device)))
+            codes.append(mu + (0.5 * logvar).exp() * randn(mu.shape, mu, g))
+        z = torch.cat(codes).to("cpu" if device.type == "mps" else device).double()    # MPS has no float64
+        self.mixture = GaussianMixture(components).fit(z, generator=g)
+
+
+# --------------------------------------------------------------------------------------------------------
+# 8 Training: first the VAE, then the U-Net with the VAE frozen
+# --------------------------------------------------------------------------------------------------------
+
+FORMAT = 1    # of checkpoints and config.json
+VAE_OPTIONS = ("dataset", "image_size", "z_dim", "vae_width", "kl_weight")    # what a vae.pt is bound to
+LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
+
+
+def train(model, stage, images, run_dir=None, stop=lambda: False):
+    """Train model.vae (stage "vae") or model.unet ("ddpm") on uint8 images [N, C, S, S]: a generator of metrics.
+
+    Every `log_every` updates it yields a dict of LOG_COLUMNS; model.unet then holds the moving average (EMA), ready
+    to sample. With `run_dir` it keeps a checkpoint and log.csv there and goes on from what it finds. The randomness
+    of a step follows from (seed, stage, step), so a run in pieces is a run in one. When `stop()` is true after a
+    step it saves and ends. Raises ValueError, leaving the last checkpoint, if a loss or weight is not finite.
+    """
+    c, is_vae, device = model.config, stage == "vae", next(model.parameters()).device
+    total, batch, peak = (c.vae_steps, c.vae_batch, c.vae_lr) if is_vae else (c.ddpm_steps, c.batch_size, c.lr)
+    net = model.vae if is_vae else copy.deepcopy(model.unet)
+    model.eval().requires_grad_(False)
+    net.train().requires_grad_(True)
+    params, averages = list(net.parameters()), list(model.unet.parameters())
+    optimizer, done, pending = torch.optim.Adam(params, fused=True), 0, []
+    if run_dir and Path(run_dir, f"{stage}.pt").exists():
+        state = load_checkpoint(run_dir, stage, model)
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        model.unet.load_state_dict(state.get("ema", model.unet.state_dict()))
+        done, pending = state["step"], list(state["pending"].to(device))
+    if run_dir:
+        rewind_log(run_dir, stage, done)
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = c.precision == "bf16" or c.precision == "auto" and native
+    objective = (lambda x: net.loss(x, c.kl_weight)) if is_vae else lambda x: (model.loss(x, net),)
+    if c.compile == "on" or c.compile == "auto" and device.type == "cuda":
+        objective = torch.compile(objective)
+    warmup, clock, counted = min(c.warmup, total // 10), time.perf_counter(), done
+    while done < total:
+        torch.manual_seed(stream(c.seed, stage, done))
+        x = to_float(images[torch.randint(len(images), (batch,), device=images.device)].to(device))
+        if c.hflip:
+            x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, done - warmup) / (total - warmup))
+        rate = peak * min(1, (done + 1) / (warmup + 1)) * (cosine if c.lr_decay == "cosine" else 1)
+        optimizer.param_groups[0]["lr"] = rate
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            terms = objective(x.contiguous(memory_format=torch.channels_last))
+        optimizer.zero_grad()
+        terms[0].backward()
+        if c.grad_clip:
+            nn.utils.clip_grad_norm_(params, c.grad_clip)
+        optimizer.step()
+        if not is_vae:    # the average's memory grows with the run, so that the first weights do not linger
+            decay = min(c.ema, (1 + done) / (10 + done))
+            torch._foreach_lerp_(averages, [p.detach() for p in params], 1 - decay)
+        pending.append(torch.stack(terms).detach())    # on the device until it is logged: no step waits for it
+        done, stopping = done + 1, stop()
+        logging, saving = done % c.log_every == 0 or done == total, done % c.save_every == 0 or done == total
+        if logging or saving or stopping:
+            losses = torch.stack(pending)    # [steps since the last row, terms]
+            bad = (~losses.isfinite().all(1)).nonzero().flatten().tolist()
+            if bad or not all(p.isfinite().all() for p in params):
+                at = done - len(losses) + 1 + bad[0] if bad else done
+                raise ValueError(f"the {'loss' if bad else 'network'} of stage {stage} is not finite at step {at}: "
+                                 f"lower --{'vae-lr' if is_vae else 'lr'}; the last checkpoint is as it was")
+        if logging:
+            speed, pending = (done - counted) * batch / (time.perf_counter() - clock), []
+            row = {"stage": stage, "step": done, "lr": rate, "images_per_s": speed}
+            row |= zip(LOG_COLUMNS[2:], losses.mean(0).tolist())
+            if run_dir:
+                append_log(run_dir, row)
+        if run_dir and (saving or stopping):
+            state = dict(step=done, model=net.state_dict(), optimizer=optimizer.state_dict(),
+                         pending=torch.stack(pending).cpu() if pending else torch.zeros(0))
+            if not is_vae:
+                state |= dict(ema=model.unet.state_dict(), vae=fingerprint(model.vae))
+            save_checkpoint(run_dir, stage, c, state)
+        if logging:
+            yield row
+            clock, counted = time.perf_counter(), done    # the caller's time is not the training's
+        if stopping:
+            return
+
+
+def stream(seed, name, index):
+    """The seed of one step or image: 32 bits, all that torch's CPU generator heeds; another for each index."""
+    return (zlib.crc32(f"{seed} {name}".encode()) + index * 0x9E3779B1) % 2**32
+
+
+def fingerprint(network):
+    """A checksum of a network's weights; 0 for None."""
+    total = 0
+    for value in network.state_dict().values() if network else ():
+        total = zlib.crc32(value.detach().cpu().contiguous().numpy(), total)
+    return total
+
+
+def save_atomic(path, write):
+    """Write a file through write(file) beside its place, flush it to disk, rename it: it is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as e:    # torch.save makes a full disk a RuntimeError
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written and is as it was before: {e}") from None
+
+
+def bound_options(config, stage):
+    """The options that a checkpoint of this stage is bound to."""
+    names = [f.name for f in dataclasses.fields(config) if f.metadata["group"] == "model" and f.name != "vae_from"]
+    return {name: getattr(config, name) for name in (names if stage == "ddpm" else VAE_OPTIONS)}
+
+
+def refuse_differences(where, has, asked):
+    """Raise ValueError that lists the options in which `asked` differs from what `where` `has`."""
+    if other := [f"{flag(k)} {has[k]}, not {v}" for k, v in asked.items() if k in has and has[k] != v]:
+        raise ValueError(f"{where} has {'; '.join(other)}: leave these out, or take another --run-dir")
+
+
+def save_checkpoint(run_dir, stage, config, state):
+    """Write <stage>.pt: a dictionary of tensors and plain values, and the options they are bound to."""
+    state |= dict(format=FORMAT, stage=stage, options=bound_options(config, stage))
+    save_atomic(Path(run_dir, f"{stage}.pt"), partial(torch.save, state))
+
+
+def load_checkpoint(run_dir, stage, model):
+    """What `save_checkpoint` saved, on the CPU, mapped rather than read.
+
+    Raises ValueError if it is missing, damaged, of another version, of a model with other options, or, for the
+    U-Net and the mixture, of another VAE than model.vae.
+    """
+    path = Path(run_dir, f"{stage}.pt")
+    if not path.exists():
+        raise ValueError(f"there is no {path}: train with --stage {stage} first")
+    try:
+        with zipfile.ZipFile(path) as archive:    # torch.load alone ignores the archive's checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile("wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        kind, options = (state["stage"], state["format"]), state["options"]
+    except Exception as e:    # a damaged archive fails in many ways
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): restore a copy, or move it away "
+                         "to train anew") from None
+    if kind != (stage, FORMAT):
+        raise ValueError(f"{path} is of stage {kind[0]}, version {kind[1]}, not {stage}, {FORMAT}: move it away")
+    refuse_differences(path, options, bound_options(model.config, stage))
+    if "vae" in state and state["vae"] != fingerprint(model.vae):
+        raise ValueError(f"{path} belongs to another VAE than the vae.pt beside it: restore that or move {path} away")
+    return state
+
+
+def read_options(run_dir):
+    """The options in a run folder's config.json, a dictionary. Raises ValueError if they cannot be read."""
+    path = Path(run_dir, "config.json")
+    if not path.exists():
+        raise ValueError(f"there is no run in {run_dir}: train one first, or name another --run-dir")
+    try:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(path.read_text()).items()}
+        if options.pop("format") != FORMAT:
+            raise ValueError(f"it is not of version {FORMAT}")
+        Config.preset(**options)
+        return options
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
+        raise ValueError(f"{path} cannot be used: {e}; restore it, or take another --run-dir") from None
+
+
+def rewind_log(run_dir, stage, done):
+    """Drop the rows of log.csv after a checkpoint's step: those steps are taken again."""
+    path, rows = Path(run_dir, "log.csv"), []
+    if path.exists():
+        rows = [r.split(",") for r in path.read_text().splitlines()[1:]]
+    kept = [LOG_COLUMNS, *(r for r in rows if len(r) == len(LOG_COLUMNS) and (r[0] != stage or int(r[1]) <= done))]
+    save_atomic(path, lambda f: f.write("".join(",".join(r) + "\n" for r in kept).encode()))
+
+
+def append_log(run_dir, row):
+    """Add a row to log.csv."""
+    values = (row.get(name, "") for name in LOG_COLUMNS)
+    with open(Path(run_dir, "log.csv"), "a") as f:
+        f.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------
+# 9 Pictures: labelled grids and the curves of the log
+# --------------------------------------------------------------------------------------------------------
+
+
+def tile(images, columns):
+    """[N, C, S, S] in [-1, 1] -> one picture uint8 [H, W, 3], row by row, with white lines between."""
+    x = F.pad(to_uint8(images).cpu().expand(-1, 3, -1, -1), (0, 1, 0, 1), value=255)    # [N, 3, S + 1, S + 1]
+    x = torch.cat([x, x.new_full((-len(x) % columns, *x.shape[1:]), 255)]).unflatten(0, (-1, columns))
+    return x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-1, :-1].numpy()
+
+
+def draw_panels(panels, columns):
+    """Labelled grids side by side: (label, images [N, C, S, S]) pairs -> a matplotlib figure."""
+    from matplotlib.figure import Figure
+    pictures = [tile(images, columns) for _, images in panels]
+    height = 3.2 * pictures[0].shape[0] / pictures[0].shape[1] + 0.4
+    fig = Figure(figsize=(3.2 * len(panels), height), dpi=150, layout="constrained")
+    for ax, picture, (label, _) in zip(fig.subplots(1, len(panels), squeeze=False)[0], pictures, panels):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set_title(label, fontsize=11)
+        ax.axis("off")
+    return fig
+
+
+def draw_curves(run_dir):
+    """The losses in log.csv, one plot for each stage -> a matplotlib figure."""
+    from matplotlib.figure import Figure
+    rows = list(csv.DictReader(Path(run_dir, "log.csv").read_text().splitlines()))
+    stages = sorted({r["stage"] for r in rows}, reverse=True)
+    fig = Figure(figsize=(4.5 * len(stages), 3.2), dpi=150, layout="constrained")
+    for ax, stage in zip(fig.subplots(1, len(stages), squeeze=False)[0], stages):
+        for name in ("loss", "recon", "kl") if stage == "vae" else ("loss",):
+            ax.plot(*zip(*((int(r["step"]), float(r[name])) for r in rows if r["stage"] == stage)), label=name)
+        ax.set(xlabel="step", yscale="log", title=dict(vae="VAE, nats an image", ddpm="U-Net, squared error")[stage])
+        ax.legend(frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig
+
+
+def save_figure(fig, path):
+    """Write a figure as a PNG and say so."""
+    save_atomic(path, partial(fig.savefig, format="png"))
+    report(f"wrote {path}")
+
+
+def save_png(image, path):
+    """Write uint8 [C, S, S] as a PNG."""
+    from PIL import Image
+    pixels = image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    save_atomic(path, partial(Image.fromarray(pixels).save, format="PNG"))
+
+
+# --------------------------------------------------------------------------------------------------------
+# 10 Main: the command line and its stages
+# --------------------------------------------------------------------------------------------------------
+
+
+def report(text, passing=False):
+    """Print a line; the next one overwrites a passing one on a terminal."""
+    terminal = sys.stdout.isatty()
+    print(("\r\033[K" if terminal else "") + text, end="" if terminal and passing else "\n", flush=True)
+
+
+def find_device(name="auto"):
+    """auto, cuda, mps or cpu -> torch.device. Raises ValueError for one that this machine or PyTorch lacks."""
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = next(k for k in has if has[k]) if name == "auto" else name
+    if not has[name]:
+        raise ValueError(f"--device {name} is not to be had on this machine with this PyTorch: take --device auto")
+    return torch.device(name)
+
+
+def load_split(config, split):
+    """The uint8 images [N, C, S, S] of the run's data set."""
+    return load_images(config.dataset, config.data_dir, config.image_size, split, config.run_dir)[0]
+
+
+def gflops(model):
+    """GFLOP of one image through the VAE and through the U-Net, 2 FLOP a multiply-add."""
+    from torch.utils.flop_counter import FlopCounterMode
+    c, ghost, counts = model.config, copy.deepcopy(model).to("meta"), []
+    x, z = (torch.empty(1, *shape, device="meta") for shape in ([c.channels] + 2 * [c.image_size], [c.z_dim]))
+    for call in (lambda: ghost.vae and ghost.vae.loss(x), lambda: ghost.unet(x, z[0, :1], x, z)):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops() / 1e9)
+    return counts
+
+
+def settle(given):
+    """The options of the command line, over those of the run folder, over the preset -> Config, or ValueError."""
+    run_dir, source = given.get("run_dir") or f"runs/{given.get('dataset', 'shapes')}", given.get("vae_from")
+    bound = [f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"]
+    kept = {}
+    if Path(run_dir, "config.json").exists() or given.get("stage") == "sample":
+        kept = read_options(run_dir)
+        refuse_differences(run_dir, kept, {k: v for k, v in given.items() if k in bound})
+    elif source:
+        kept = {k: v for k, v in read_options(source).items() if k in (*VAE_OPTIONS, "data_dir")}
+        refuse_differences(source, kept, {k: v for k, v in given.items() if k in VAE_OPTIONS})
+    config = Config.preset(**{**kept, **given, "run_dir": run_dir})
+    if idle := [flag(k) for k in given if k in VAE_OPTIONS[2:] and config.formulation == "none"]:
+        raise ValueError(f"--formulation none has no VAE for {idle[0]}: leave it out")
+    return config
+
+
+def run(given):
+    """Do what the options given on the command line ask for."""
+    config = settle(given)
+    device, run_dir = find_device(config.device), Path(config.run_dir)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if config.stage == "sample":
+        model = DiffuseVAE.load(run_dir, device.type)
+        model.config = config
+        return draw_samples(model)
+    torch.manual_seed(stream(config.seed, "weights", 0))
+    model = DiffuseVAE(config)
+    images, costs = load_split(config, "train"), gflops(model)
+    if config.prior == "gmm" and config.gmm_components > len(images):
+        raise ValueError(f"--gmm-components takes numbers up to {len(images)}, the training images, "
+                         f"not {config.gmm_components}")
+    if Path(run_dir, "ddpm.pt").exists() and model.vae and not config.vae_from and config.stage != "ddpm" \
+            and load_checkpoint(run_dir, "vae", model)["step"] < config.vae_steps:
+        raise ValueError(f"the U-Net in {run_dir} was trained with its VAE as it is: to train that further, move "
+                         f"ddpm.pt away, or take another --run-dir")
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+               if f.metadata["group"] in ("model", "training")}
+    text = json.dumps(dict(format=FORMAT, **options), indent=2) + "\n"
+    save_atomic(run_dir / "config.json", lambda f: f.write(text.encode()))
+    if config.vae_from and not Path(run_dir, "vae.pt").exists():
+        load_checkpoint(config.vae_from, "vae", model)
+        save_atomic(run_dir / "vae.pt", lambda f: f.write(Path(config.vae_from, "vae.pt").read_bytes()))
+    model.to(device, memory_format=torch.channels_last)
+    if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:
+        images = images.to(device)
+    report(f"{config.dataset}: {len(images)} images of {config.image_size}x{config.image_size}, formulation "
+           f"{config.formulation}, {device.type}, precision {config.precision}, run folder {run_dir}")
+    for stage, network, cost, steps, batch in (
+            ("vae", model.vae, costs[0], config.vae_steps, config.vae_batch),
+            ("ddpm", model.unet, costs[1], config.ddpm_steps, config.batch_size)):
+        if not network or stage == "vae" and config.vae_from or config.stage not in (stage, "all"):
+            continue
+        if stage == "ddpm" and model.vae:
+            model.vae.load_state_dict(load_checkpoint(run_dir, "vae", model)["model"])
+        size = sum(p.numel() for p in network.parameters()) / 1e6
+        report(f"{stage}: {size:.2f} M parameters, {cost:.3f} GFLOP an image, {steps} steps of {batch} images")
+        run_stage(model, stage, images, cost, steps, batch)
+    save_figure(draw_curves(run_dir), run_dir / "curves.png")
+    if config.stage == "all":
+        draw_samples(model.eval())
+
+
+def run_stage(model, stage, images, cost, total, batch):
+    """Train a stage to its end, or until Ctrl-C or SIGTERM, and tell how it goes."""
+    caught = []
+    old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for m in train(model, stage, images, model.config.run_dir, stop=lambda: caught):
+            rate, left = m["images_per_s"], (total - m["step"]) * batch / m["images_per_s"]
+            report(f"{stage} {m['step']}/{total}  loss {m['loss']:.4f}  {rate:.0f} images/s  "
+                   f"{3e-3 * cost * rate:.3f} TFLOP/s  {left / 60:.1f} min left", passing=m["step"] < total)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if caught:
+        report(f"stopped and saved in {model.config.run_dir}: the same command goes on from there")
+        raise SystemExit(128 + caught[0])
+
+
+def load_mixture(model):
+    """Give the model the mixture of --prior gmm, from gmm.pt, or fitted to the training images and saved there."""
+    c, old = model.config, {}
+    if Path(c.run_dir, "gmm.pt").exists():
+        old = load_checkpoint(c.run_dir, "gmm", model)["mixture"]
+    if old.get("components") != c.gmm_components:
+        report(f"fitting a mixture of {c.gmm_components} Gaussians to the training latents")
+        model.fit_mixture(load_split(c, "train"), c.gmm_components)
+        old = vars(model.mixture)
+        save_checkpoint(c.run_dir, "gmm", c, dict(mixture=old, vae=fingerprint(model.vae)))
+    model.mixture = GaussianMixture(c.gmm_components)
+    vars(model.mixture).update({k: v.to(model.unet.first.weight.device) if torch.is_tensor(v) else v for k, v in old.items()})
+
+
+def draw_samples(model):
+    """samples.png (real | VAE | refined) and, with --save-images, each sample as a PNG, in constant memory.
+
+    An image depends on the seed and its index alone, so PNGs that are there need not be drawn again.
+    """
+    c, run_dir = model.config, Path(model.config.run_dir)
+    shown = min(c.num_samples, 64)
+    n, folders = c.num_samples if c.save_images else shown, [run_dir / "samples"]
+    folders += [run_dir / "vae_samples"] if model.vae else []
+    if c.save_images:
+        names = ("seed", "steps", "eta", "spacing", "variance", "temperature", "prior", "gmm_components", "cond_noise")
+        made = dict({k: getattr(c, k) for k in names}, unet=fingerprint(model.unet))
+        note = folders[0] / "options.json"
+        if note.exists() and json.loads(note.read_text()) != made:
+            raise ValueError(f"{folders[0]} holds samples of other options or another network: move it away first")
+        save_atomic(note, lambda f: f.write(json.dumps(made).encode()))
+    if c.prior == "gmm":
+        load_mixture(model)
+    seen, began = [], time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, n, c.sample_batch):
+            indices = range(start, min(start + c.sample_batch, n))
+            paths = [[folder / f"{i:06}.png" for i in indices] for folder in folders]
+            if start >= shown and all(path.exists() for path in sum(paths, [])):
+                continue
+            g = [torch.Generator().manual_seed(stream(c.seed, "sample", i)) for i in indices]
+            z = model.latents(len(g), g)
+            with torch.no_grad():
+                images = [model.decode(z, generator=g), *([model.vae.decode(z)] if model.vae else [])]
+            seen.append([x[:max(0, shown - start)].cpu() for x in images])
+            if c.save_images:
+                for x, column in zip(images, paths):
+                    list(pool.map(save_png, to_uint8(x).cpu(), column))
+            report(f"drew {indices[-1] + 1} of {n} images in {time.perf_counter() - began:.1f} s", passing=True)
+    labels = (f"{'refined' if model.vae else 'DDPM'}, {c.steps} steps", "VAE")
+    panels = list(zip(labels, map(torch.cat, zip(*seen))))
+    try:
+        panels.append(("real (test set)", to_float(load_split(c, "test")[:shown])))
+    except ValueError as e:    # without the data the samples are still worth seeing
+        report(f"samples.png has no real images: {e}")
+    save_figure(draw_panels(panels[::-1], math.ceil(shown**0.5)), run_dir / "samples.png")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that complains in one sentence, by ValueError."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+
+def parse(argv=None):
+    """Command line -> dictionary of the options given on it."""
+    numbers = lambda text: None if text == "auto" else tuple(int(v) for v in text.split(",") if text != "none")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    groups = {name: parser.add_argument_group(name) for name in ("run", "model", "training", "sampling")}
+    for f in dataclasses.fields(Config):
+        takes, more = f.metadata["takes"], dict(action=argparse.BooleanOptionalAction)
+        if f.type is not bool:
+            more = dict(type=numbers if f.type is tuple else f.type,
+                        metavar="|".join(takes) if takes and f.type is str else f.type.__name__)
+        groups[f.metadata["group"]].add_argument(flag(f.name), default=argparse.SUPPRESS, help=f.metadata["help"], **more)
+    return vars(parser.parse_args(argv))
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        run(parse(argv))
+        return 0
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        print(f"diffusevae: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
