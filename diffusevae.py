@@ -42,8 +42,7 @@ def option(group, default, help, takes=None):
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, takes=takes))
 
 
-# A run folder is bound to its model options, remembers its training options, which may change, and leaves the rest
-# to the command at hand.
+# A run folder is bound to its model options and remembers its training options; the rest is the command's.
 _run, _model, _training, _sampling = (partial(option, g) for g in ("run", "model", "training", "sampling"))
 
 
@@ -56,7 +55,7 @@ class Config:
     stage: str = _run("all", "all trains what is not yet trained, then samples", STAGES)
     run_dir: str = _run("", "folder of checkpoints, log and pictures (runs/<dataset>)")
     device: str = _run("auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
-    precision: str = _run("auto", "auto: bf16 on CUDA that has it natively, else fp32", ("auto", "fp32", "bf16"))
+    precision: str = _run("auto", "auto: bf16 on CUDA that has it, else fp32", ("auto", "fp32", "bf16"))
     compile: str = _run("auto", "torch.compile the training step; auto: on CUDA", ("auto", "on", "off"))
 
     dataset: str = _model("shapes", "shapes is drawn by this file, folder is any folder of images", DATASETS)
@@ -100,9 +99,9 @@ class Config:
     spacing: str = _sampling("trailing", "which steps are kept", ("uniform", "quad", "trailing"))
     variance: str = _sampling("small", "of ancestral sampling; large needs every step", ("small", "large"))
     temperature: float = _sampling(1.0, "standard deviation of the noise sampling starts from", (0, 10))
-    prior: str = _sampling("normal", "z from N(0, I) or a mixture fitted to training latents", ("normal", "gmm"))
+    prior: str = _sampling("normal", "z from N(0, I), or a mixture fitted to the latents", ("normal", "gmm"))
     gmm_components: int = _sampling(50, "Gaussians in that mixture", (1, 10_000))
-    cond_noise: float = _sampling(0.0, "standard deviation of noise put on x_hat before it is refined", (0, 10))
+    cond_noise: float = _sampling(0.0, "standard deviation of noise put on x_hat before refinement", (0, 10))
     save_images: bool = _sampling(False, "write each sample as a PNG in samples/, x_hat in vae_samples/")
 
     def __post_init__(self):
@@ -116,13 +115,12 @@ class Config:
         if not (1 <= len(self.unet_mults) <= 8 and all(1 <= m <= 64 for m in self.unet_mults)):
             raise ValueError(f"--unet-mults takes 1 to 8 numbers from 1 to 64, not {self.unet_mults}")
         if self.steps > self.timesteps:
-            raise ValueError(f"--steps takes numbers from 1 to {self.timesteps} (--timesteps), not {self.steps}")
+            raise ValueError(f"--steps takes 1 to {self.timesteps}, the timesteps, not {self.steps}")
         if self.variance == "large" and (self.eta < 1 or self.steps < self.timesteps):
-            raise ValueError(f"--variance large is sound only with --eta 1 --steps {self.timesteps}: add these")
-        if self.formulation == "none" and (self.z_cond or self.vae_from or self.prior == "gmm" or self.cond_noise
-                                           or self.stage == "vae"):
-            raise ValueError("--formulation none has no VAE for --z-cond, --vae-from, --prior gmm, --cond-noise or "
-                             "--stage vae: leave these out")
+            raise ValueError(f"--variance large needs --eta 1 --steps {self.timesteps}, else it is unsound")
+        for name, off in dict(z_cond=False, vae_from="", prior="normal", cond_noise=0).items():
+            if self.formulation == "none" and getattr(self, name) != off:
+                raise ValueError(f"{flag(name)} needs a VAE, and --formulation none has none: leave it out")
 
     @property
     def channels(self):
@@ -134,17 +132,22 @@ class Config:
         """The defaults of a data set, scaled to a large `image_size`, with `options` put over them."""
         size, scaled = options.get("image_size", 32), {}
         if size >= 64:    # multipliers and rates of the paper's CelebA-64 and CelebA-HQ networks
-            scaled = dict(unet_mults=(1, 2, 2, 2, 4) if size < 256 else (1, 1, 2, 2, 4, 4), vae_batch=64, sample_batch=50,
-                          batch_size=32 if size < 128 else 8, lr=2e-4 if size < 128 else 2e-5)
+            scaled = dict(unet_mults=(1, 2, 2, 2, 4) if size < 256 else (1, 1, 2, 2, 4, 4), vae_batch=64,
+                        sample_batch=50, batch_size=32 if size < 128 else 8, lr=2e-4 if size < 128 else 2e-5)
         return cls(dataset=dataset, **{**PRESETS.get(dataset, {}), **scaled, **options})
+
+    def group(self, *groups):
+        """The options of these groups, as a dictionary."""
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.metadata["group"] in groups}
 
 
 PRESETS = {
     # Six minutes on two CPU cores: small images, v and the cosine schedule (clean pictures soon), high rates.
-    "shapes": dict(image_size=16, z_dim=16, vae_width=16, vae_steps=2500, vae_batch=64, vae_lr=2e-3, unet_width=24,
-                   unet_mults=(1, 2), res_blocks=1, heads=4, dropout=0.0, predict="v", schedule="cosine",
-                   ddpm_steps=1800, batch_size=32, lr=2e-3, warmup=100, ema=0.995, hflip=False, save_every=500,
-                   log_every=50, steps=10, gmm_components=10),
+    "shapes": dict(image_size=16, z_dim=16, vae_width=16, kl_weight=0.5, vae_steps=3000, vae_batch=64,
+                   vae_lr=2e-3, unet_width=32, unet_mults=(1, 2), res_blocks=1, attention=(), heads=1,
+                   dropout=0.0, predict="v", schedule="cosine", ddpm_steps=3000, batch_size=16, lr=2e-3,
+                   warmup=100, ema=0.995, hflip=False, save_every=500, log_every=50, steps=10, gmm_components=10),
     # One night on one consumer GPU: the paper's U-Net, with attention really at 16x16, and a lean VAE.
     "cifar10": dict(dropout=0.3),
     "mnist": dict(z_dim=64, vae_width=32, unet_width=64, vae_steps=20_000, ddpm_steps=50_000, hflip=False),
@@ -161,7 +164,6 @@ def flag(name):
 # 2 Data: every data set ends as one uint8 tensor, so that a batch is an index, a flip and a scale
 # --------------------------------------------------------------------------------------------------------
 
-
 def to_float(images):
     """uint8 [N, C, S, S] in 0..255 -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -175,23 +177,23 @@ def to_uint8(x):
 def draw_shapes(n, size, seed):
     """n pictures of a circle, square or triangle -> uint8 [n, 3, size, size] and labels [n] in 0..2.
 
-    Place, size and both colours are coarse: a small code holds them. The crisp outline and the phase of the stripes
-    are fine: the code drops them, the VAE averages over them, and the DDPM has to draw them.
+    Place, size and both colours are coarse: a small code holds them. The crisp outline and the phase of the
+    stripes are fine: the code drops them, the VAE averages over them, and the DDPM has to draw them.
     """
     g = torch.Generator().manual_seed(seed)
     uniform = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=g)
     label, axis = torch.randint(3, (n,), generator=g), (torch.arange(size) + 0.5) / size * 2 - 1
-    x, y = axis.view(1, 1, -1) - uniform(-0.22, 0.22), axis.view(1, -1, 1) - uniform(-0.22, 0.22)
-    radius, hue, ground, phase = uniform(0.5, 0.75), uniform(0, 1), uniform(0, 1), uniform(0, 1)
+    x, y = axis.view(1, 1, -1) - uniform(-0.18, 0.18), axis.view(1, -1, 1) - uniform(-0.18, 0.18)
+    radius, hue, ground, phase = uniform(0.55, 0.8), uniform(0, 1), uniform(0, 1), uniform(0, 1)
     distance = torch.stack([    # from the edge, negative inside, in half images: [3, n, size, size]
         (x**2 + y**2).sqrt() - radius,
         torch.maximum(x.abs(), y.abs()) - 0.85 * radius,
         torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.55 * radius])[label, torch.arange(n)]
-    cover = lambda d: (0.5 - d * size / 2).clamp(0, 1)[:, None]    # [n, 1, size, size], anti-aliased over a pixel
+    cover = lambda d: (0.5 - d * size / 2).clamp(0, 1)[:, None]    # anti-aliased, [n, 1, size, size]
     colour = lambda h: 0.5 + 0.5 * (2 * math.pi * (h[:, None] + torch.arange(3).view(3, 1, 1) / 3)).cos()
     stripes = (3 * (2 * math.pi * (1.6 * (x + y) + phase)).sin()).clamp(-1, 1)[:, None]
     fill, image = (0.25 + 0.75 * colour(hue)) * (0.72 + 0.28 * stripes), 0.1 + 0.35 * colour(ground)
-    for layer, alpha in ((torch.ones(()), cover(distance)), (fill, cover(distance + 0.16))):
+    for layer, alpha in ((torch.ones(()), cover(distance)), (fill, cover(distance + 0.14))):
         image = image * (1 - alpha) + layer * alpha
     return (image * 255).round().to(torch.uint8), label
 
@@ -207,8 +209,8 @@ def load_images(name, data_dir, image_size, split, cache_dir=None):
         return draw_shapes(50_000, image_size, seed=1) if train else draw_shapes(10_000, image_size, seed=2)
     if name == "folder":
         images = load_folder(data_dir, image_size, cache_dir)
-        order, held = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)), -(-len(images) // 20)
-        return images[order[held:] if train else order[:held]], None
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        return images[order[-(-len(images) // 20):] if train else order[:-(-len(images) // 20)]], None
     classes = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")
     if name not in classes:
         raise ValueError(f"--dataset takes {', '.join(DATASETS)}, not {name}")
@@ -216,27 +218,27 @@ def load_images(name, data_dir, image_size, split, cache_dir=None):
     try:
         data = getattr(torchvision.datasets, classes[name])(data_dir, train=train, download=True)
     except (RuntimeError, OSError) as e:
-        raise ValueError(f"{name} is not whole in --data-dir {data_dir} and cannot be downloaded: {e}") from None
-    images = torch.as_tensor(data.data)
-    images = F.pad(images[:, None], (2, 2, 2, 2)) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+        raise ValueError(f"{name} is not in --data-dir {data_dir} and cannot be downloaded: {e}") from None
+    images = torch.as_tensor(data.data)    # [N, 28, 28] or [N, 32, 32, 3]
+    images = F.pad(images[:, None], (2, 2, 2, 2)) if images.dim() == 3 else images.permute(0, 3, 1, 2)
     if image_size != 32:
         resize = partial(F.interpolate, size=(image_size, image_size), mode="bicubic", antialias=True)
         images = torch.cat([to_uint8(resize(to_float(x))) for x in images.split(1000)])
-    return images, torch.as_tensor(data.targets)
+    return images.contiguous(), torch.as_tensor(data.targets)
 
 
 def load_folder(folder, size, cache_dir=None):
     """Every image below a folder, upright, RGB, cropped to its middle, resized -> uint8 [N, 3, size, size].
 
-    What is no usable image is skipped, counted and named. The result stays in `cache_dir` until the folder changes.
+    What is no usable image is skipped, counted and named; `cache_dir` keeps the rest while the folder stays.
     Raises ValueError if the folder is missing or holds fewer than two usable images.
     """
     root, images, bad = Path(folder), [], []
     if not root.is_dir():
         raise ValueError(f"there is no folder {folder}: give --data-dir a folder of images")
     files = sorted(p for p in root.rglob("*") if not p.name.startswith(".") and not p.is_dir())
-    stamp = repr([size] + [(os.fsencode(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in files]).encode()
-    cache = Path(cache_dir or "", f"images-{hashlib.sha256(stamp).hexdigest()[:16]}.npy")
+    stamp = repr([size, *((os.fsencode(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in files)])
+    cache = Path(cache_dir or "", f"images-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy")
     if cache_dir and cache.exists():
         return torch.from_numpy(np.load(cache, allow_pickle=False))
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
@@ -249,7 +251,7 @@ def load_folder(folder, size, cache_dir=None):
         report(f"skipped {len(bad)} of {len(files)} files, no usable images: {', '.join(bad[:10])}"
                + ", ..." * (len(bad) > 10))
     if len(images) < 2:
-        raise ValueError(f"{folder} holds {len(images)} usable images: it takes 2 or more, one of them for testing")
+        raise ValueError(f"{folder} holds {len(images)} usable images: 2 or more are needed, one for testing")
     if cache_dir:
         save_atomic(cache, lambda f: np.save(f, np.stack(images)))
     return torch.from_numpy(np.stack(images))
@@ -260,7 +262,7 @@ def decode_image(path, size):
     from PIL import Image, ImageOps    # torchvision brings Pillow
     try:
         with Image.open(path) as im:
-            if im.width * im.height > 2**26 or im.mode == "F":    # a decompression bomb; floats of unknown range
+            if im.width * im.height > 2**26 or im.mode == "F":    # a bomb; floats of unknown range
                 return None
             im = ImageOps.exif_transpose(im)
             if im.mode.startswith("I"):    # 16 bits, which convert() would clip to white
@@ -276,16 +278,15 @@ def decode_image(path, size):
 # 3 VAE: image -> latent code -> blurry image
 # --------------------------------------------------------------------------------------------------------
 
-
 class VAE(nn.Module):
     """A lean convolutional beta-VAE (arXiv 1312.6114; DiffuseVAE, section 3.1).
 
         q(z|x) = N(mu, diag exp(logvar)),    p(z) = N(0, I),    x_hat = decode(z)
         L = sum over pixels of ((x - x_hat) / 2)^2 + kl_weight * KL(q(z|x) || p(z)),    mean over the batch
 
-    Half the difference is that of images in [0, 1], the paper's scale. Images are [B, channels, S, S] in [-1, 1],
-    S = image_size; the maps halve while their size is even and above 4. There is no normalisation, which would take
-    out the brightness and colour that the code is to hold.
+    Half the difference is that of images in [0, 1], the paper's scale. Images are [B, channels, S, S] in
+    [-1, 1]; maps halve while their size is even and above 4. There is no normalisation: it would take out the
+    brightness and colour that the code is to hold.
     """
 
     def __init__(self, image_size, channels=3, z_dim=512, width=64):
@@ -293,7 +294,8 @@ class VAE(nn.Module):
         size, c_in, c_out, down, up = image_size, channels, width, [], []
         while size % 2 == 0 and size > 4:
             down += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.SiLU()]
-            up = [nn.Upsample(scale_factor=2), nn.Conv2d(c_out, c_in if up else width, 3, padding=1), nn.SiLU(), *up]
+            c_up = c_in if up else width
+            up = [nn.Upsample(scale_factor=2), nn.Conv2d(c_out, c_up, 3, padding=1), nn.SiLU(), *up]
             size, c_in, c_out = size // 2, c_out, min(2 * c_out, 4 * width)
         flat, hidden = c_in * size * size, 16 * width
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.SiLU(),
@@ -301,6 +303,9 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, flat), nn.SiLU(),
                                      nn.Unflatten(1, (c_in, size, size)), *up,
                                      nn.Conv2d(width if up else channels, channels, 3, padding=1), nn.Tanh())
+        for layer in self.modules():    # from PyTorch's smaller weights some seeds never use the whole code
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(self, x):
         """Images [B, C, S, S] -> mu, logvar of q(z|x), each [B, z_dim]."""
@@ -324,9 +329,8 @@ class VAE(nn.Module):
 # 4 Diffusion: noising and denoising, for any network
 # --------------------------------------------------------------------------------------------------------
 
-
 def timesteps_for(timesteps, steps, spacing="trailing"):
-    """The n = `steps` timesteps to keep of 0..T-1, T = `timesteps`: an increasing long tensor [n], all distinct.
+    """The n = `steps` timesteps to keep of 0..T-1, T = `timesteps`: a long tensor [n], strictly increasing.
 
         uniform   i T // n                              ("linear" in arXiv 2010.02502, appendix D.2)
         quad      max(i, int(0.8 T (i / (n - 1))^2))    ("quadratic" there)
@@ -351,13 +355,13 @@ class GaussianDiffusion:
 
         x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps + shift,    eps ~ N(0, I)
 
-    where `shift` is 0 in DiffuseVAE's formulation 1 and x_hat in its formulation 2, whose chain ends in N(x_hat, I).
-    Everything is done in y_t = x_t - shift. The contract: x_t carries the shift for t >= 0, the clean image never
-    does; noise is handed in and returned as y_T, standard normal. Tensors are [B, ...] of any shape.
+    where `shift` is 0 in DiffuseVAE's formulation 1 and x_hat in formulation 2, which ends in N(x_hat, I).
+    Everything is done in y_t = x_t - shift. The contract: x_t carries the shift for t >= 0, the clean image
+    never does; noise is handed in and returned as y_T, standard normal. Tensors are [B, ...] of any shape.
 
     `model` is any callable (x_t, t) -> prediction, t long [B] in 0..T-1; it predicts eps, or
-    v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512). Raises ValueError for betas outside (0, 1), unknown
-    names, and a schedule with sqrt(a_{T-1}) > 0.1, which leaves too much of the image in x_T to start from noise.
+    v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512). Raises ValueError for betas outside (0, 1),
+    unknown names, and sqrt(a_{T-1}) > 0.1, where too much of the image is left in x_T to start from noise.
     """
 
     def __init__(self, timesteps=1000, beta_start=1e-4, beta_end=0.02, schedule="linear", predict="eps"):
@@ -376,13 +380,13 @@ class GaussianDiffusion:
         if predict not in ("eps", "v"):
             raise ValueError(f"predict must be eps or v, not {predict!r}")
         self.timesteps, self.predict, self._tables = T, predict, {}
-        self.alpha_bar = torch.cat([(1 - beta).cumprod(0), torch.ones(1, dtype=f64)])    # [T + 1]; a_{-1} is the last
+        self.alpha_bar = torch.cat([(1 - beta).cumprod(0), torch.ones(1, dtype=f64)])    # [T + 1]
         if (left := self.alpha_bar[T - 1].sqrt()) > 0.1:
-            raise ValueError(f"the {schedule} schedule leaves {left:.2f} of the image in x_T, where sampling from noise "
-                             "takes at most 0.10: more timesteps or larger betas are needed")
+            raise ValueError(f"the {schedule} schedule leaves {left:.2f} of the image in x_T, over the 0.10 "
+                             "that sampling from noise bears: take more timesteps or larger betas")
 
     def _signal_noise(self, t, like):
-        """sqrt(a_t), sqrt(1 - a_t) for t [B], each [B, 1, ...] like `like`; computed in float64, cast once."""
+        """sqrt(a_t), sqrt(1 - a_t) for t [B], each [B, 1, ...] like `like`; from float64, cast once."""
         key = like.device, like.dtype
         if key not in self._tables:
             table = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])
@@ -390,7 +394,7 @@ class GaussianDiffusion:
         return self._tables[key][:, t].reshape(2, -1, *[1] * (like.dim() - 1))
 
     def q_sample(self, x0, t, noise, shift=0):
-        """x_t ~ q(x_t | x_0), [B, ...], from x_0 and noise [B, ...] and t [B] (arXiv 2006.11239, equation 4)."""
+        """x_t ~ q(x_t | x_0), [B, ...], from x0 and noise [B, ...], t [B] (arXiv 2006.11239, equation 4)."""
         signal, sigma = self._signal_noise(t, x0)
         return signal * x0 + sigma * noise + shift
 
@@ -410,7 +414,7 @@ class GaussianDiffusion:
     def q_posterior(self, x0, x_t, t, s=None, shift=0):
         """q(x_s | x_t, x_0) -> mean [B, ...], variance [B, 1, ...] (arXiv 2006.11239, equations 6 and 7).
 
-        t and s < t are ints or long [B]; s, the previous kept step, is t - 1 by default, and -1 the clean image.
+        t and s < t are ints or long [B]; s, the previous kept step, is t - 1 by default, -1 the clean image.
         """
         t = torch.as_tensor(t).cpu().reshape(-1)
         s = t - 1 if s is None else torch.as_tensor(s).cpu().reshape(-1)
@@ -418,20 +422,21 @@ class GaussianDiffusion:
         b = 1 - a_t / a_s    # beta of the jump from s to t
         rows = torch.stack([b * a_s.sqrt() / (1 - a_t), (1 - b).sqrt() * (1 - a_s) / (1 - a_t),
                             b * (1 - a_s) / (1 - a_t), (s >= 0).double()])
-        of_x0, of_y, variance, noisy = rows.to(x_t.dtype).to(x_t.device).reshape(4, -1, *[1] * (x_t.dim() - 1))
+        rows = rows.to(x_t.dtype).to(x_t.device).reshape(4, -1, *[1] * (x_t.dim() - 1))
+        of_x0, of_y, variance, noisy = rows
         return of_x0 * x0 + of_y * (x_t - shift) + noisy * shift, variance
 
     @torch.no_grad()
     def trajectory(self, model, y_T, steps, eta=0.0, spacing="trailing", shift=0, clip=True, variance="small",
                    generator=None):
-        """Denoise y_T [B, ...] step by step; yields s, x_s and the predicted x_0 (arXiv 2010.02502, equation 12).
+        """Denoise y_T [B, ...] step by step; yields s, x_s, predicted x_0 (arXiv 2010.02502, equation 12).
 
             y_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) eps + sigma noise
             sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s)
 
-        eta = 0 is DDIM, eta = 1 ancestral sampling, with the posterior's variance or (`large`) beta_t, sound only if
-        no step is skipped. `clip` keeps x_0 in [-1, 1] and lets eps follow. The last step, s = -1, adds no noise.
-        `generator`: see `randn`. Raises ValueError for eta outside [0, 1] and a large variance that is unsound.
+        eta = 0 is DDIM, eta = 1 ancestral sampling, with the posterior's variance or (large) beta_t, sound
+        only if no step is skipped. `clip` keeps x_0 in [-1, 1], eps following. The last step adds no noise.
+        `generator`: see `randn`. Raises ValueError for eta outside [0, 1] and an unsound large variance.
         """
         kept = timesteps_for(self.timesteps, steps, spacing).tolist()
         if not 0 <= eta <= 1:
@@ -454,7 +459,7 @@ class GaussianDiffusion:
             yield s, x, x0
 
     def sample(self, model, y_T, steps, eta=0.0, **options):
-        """Noise y_T [B, ...] -> the clean image x_0 [B, ...]: the end of `trajectory`, whose options these are."""
+        """Noise y_T [B, ...] -> clean x_0 [B, ...]: the end of `trajectory`, whose options these are."""
         for _, x, _ in self.trajectory(model, y_T, steps, eta, **options):
             pass
         return x
@@ -481,12 +486,12 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def bits_per_dim(self, model, x0, shift=0, generator=None, progress=None):
-        """The variational bound on -log2 p(x_0) per dimension, term by term (arXiv 2006.11239, sections 2 and 3.3).
+        """The variational bound on -log2 p(x_0) per dimension, term by term (arXiv 2006.11239, section 3.3).
 
-            L_T = KL(q(x_T|x_0) || p(x_T)),    L_t = sum over t >= 1 of KL(q(x_s|x_t, x_0) || p(x_s|x_t)),    L_0
+            L_T = KL(q(x_T|x_0) || p(x_T)),    L_t = sum over t >= 1 of KL(q(x_s|x_t, x_0) || p(x_s|x_t))
 
-        p has the posterior's variance, at t = 0 that of t = 1, and a mean from x_0 predicted and clipped; L_0 is a
-        Gaussian discretised to the 256 grey levels of x0 [B, ...]. Takes T calls of the model, and calls
+        and L_0, a Gaussian discretised to the 256 grey levels of x0 [B, ...]. p has the posterior's variance,
+        at t = 0 that of t = 1, and its mean at the predicted, clipped x_0. Takes T calls of the model, with
         progress(t) after each. Returns L_T, L_t, L_0 and their sum `total` in bits, each [B].
         """
         bits = lambda nats: nats.flatten(1).mean(1) / math.log(2)
@@ -497,8 +502,8 @@ class GaussianDiffusion:
             x_t = self.q_sample(x0, t, randn(x0.shape, x0, generator), shift)
             guess = self.predict_x0(x_t, t, model(x_t, t), shift)[0].clamp(-1, 1)
             if i > 0:    # two Gaussians of one variance
-                (mean, variance), (guessed, _) = (self.q_posterior(x, x_t, i, shift=shift) for x in (x0, guess))
-                terms["L_t"] = terms["L_t"] + bits((mean - guessed).square() / (2 * variance))
+                (mean, variance), (other, _) = (self.q_posterior(x, x_t, i, shift=shift) for x in (x0, guess))
+                terms["L_t"] = terms["L_t"] + bits((mean - other).square() / (2 * variance))
             else:
                 width = (2 * self.q_posterior(x0, x_t, 1)[1]).sqrt()
                 below = lambda edge: 0.5 * torch.erfc((guess - edge) / width)    # the mass below an edge
@@ -513,8 +518,8 @@ class GaussianDiffusion:
 def randn(shape, like, generator=None):
     """Standard-normal noise of this shape, with the device and dtype of `like`.
 
-    `generator` is None, a torch.Generator, or a list of one for each of the shape[0] images, so that the noise of an
-    image does not depend on what else is in its batch.
+    `generator` is None, a torch.Generator, or a list of one for each of the shape[0] images, whose noise then
+    does not depend on what else is in the batch.
     """
     if isinstance(generator, (list, tuple)):
         return torch.stack([randn(shape[1:], like, g) for g in generator])
@@ -526,28 +531,28 @@ def randn(shape, like, generator=None):
 # 5 U-Net: the network that denoises
 # --------------------------------------------------------------------------------------------------------
 
-
 class UNet(nn.Module):
-    """DDPM's U-Net (arXiv 2006.11239, appendix B) with x_hat beside x_t at its input and, if z_dim, z beside t.
+    """DDPM's U-Net (arXiv 2006.11239, appendix B) with x_hat beside x_t at its input and z, if any, beside t.
 
-    `mults` times `width` are the channels at image_size, image_size / 2, ...; `attention` lists the RESOLUTIONS that
-    attend (16 means the 16x16 maps; None is 16, or the smallest maps where 16 never occurs). Raises ValueError if
-    the image cannot be halved so often, a resolution asked for never occurs, or the heads do not divide the channels.
+    `mults` times `width` are the channels at image_size, image_size / 2, ...; `attention` lists RESOLUTIONS
+    that attend (16 means the 16x16 maps; None is 16, or the smallest maps where 16 never occurs); the middle
+    always does. Raises ValueError if the image cannot be halved so often, a resolution never occurs, or the
+    heads do not divide the channels.
     """
 
     def __init__(self, image_size, channels=3, cond_channels=0, width=128, mults=(1, 2, 2, 2), res_blocks=2,
                  attention=None, heads=8, dropout=0.0, z_dim=0):
         super().__init__()
         if image_size % 2 ** (len(mults) - 1):
-            raise ValueError(f"image_size {image_size} cannot be halved {len(mults) - 1} times, as unet_mults asks: "
-                             f"take a multiple of {2 ** (len(mults) - 1)}, or fewer multipliers")
+            raise ValueError(f"image_size {image_size} cannot be halved {len(mults) - 1} times: take a "
+                             f"multiple of {2 ** (len(mults) - 1)}, or fewer unet_mults")
         sizes = [image_size >> i for i in range(len(mults))]
         attention = attention if attention is not None else (16,) if 16 in sizes else sizes[-1:]
         for size in set(attention) - set(sizes):
-            raise ValueError(f"attention at {size} never occurs: the maps are of size {', '.join(map(str, sizes))}")
+            raise ValueError(f"attention at {size} never occurs: the maps are {', '.join(map(str, sizes))}")
         for m, size in zip(mults, sizes):
-            if (size in attention or size == sizes[-1]) and width * m % heads:    # the middle always attends
-                raise ValueError(f"heads must divide the {width * m} channels at {size}x{size}, which {heads} do not")
+            if (size in attention or size == sizes[-1]) and width * m % heads:
+                raise ValueError(f"heads must divide the {width * m} channels at {size}, {heads} does not")
         emb, c, skips, self.width, self.cond_channels = 4 * width, width, [width], width, cond_channels
         self.embed_t = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.embed_z = nn.Linear(z_dim, emb) if z_dim else None
@@ -563,14 +568,14 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([Block(c, c, emb, dropout, heads), Block(c, c, emb, dropout)])
         for m, size in zip(reversed(mults), reversed(sizes)):
             for _ in range(res_blocks + 1):
-                self.up.append(Block(c + skips.pop(), width * m, emb, dropout, heads if size in attention else 0))
-                c = width * m
+                c, c_in = width * m, c + skips.pop()
+                self.up.append(Block(c_in, c, emb, dropout, heads if size in attention else 0))
             if size < sizes[0]:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)))
         self.last = nn.Sequential(group_norm(c), nn.SiLU(), zeroed(nn.Conv2d(c, channels, 3, padding=1)))
 
     def forward(self, x_t, t, x_hat=None, z=None):
-        """x_t [B, C, S, S], t long [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> prediction [B, C, S, S]."""
+        """x_t [B, C, S, S], t [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> prediction like x_t."""
         half = torch.arange(self.width // 2, device=t.device) / (self.width // 2)
         angle = t[:, None] * torch.exp(-math.log(10_000) * half)    # [B, width // 2]
         emb = self.embed_t(F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.width % 2)))
@@ -593,7 +598,8 @@ class Block(nn.Module):
         super().__init__()
         self.first = nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.norm, self.scale_shift = group_norm(c_out), nn.Linear(emb, 2 * c_out)
-        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1)))
+        last = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), last)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attend = Attention(c_out, heads) if heads else nn.Identity()
 
@@ -634,9 +640,8 @@ def zeroed(layer):
 # 6 Mixture: a density fitted to the latents, a better prior to draw from than N(0, I)
 # --------------------------------------------------------------------------------------------------------
 
-
 class GaussianMixture:
-    """Gaussians with full covariances, fitted by expectation maximisation: ex-post density estimation (1903.12436).
+    """Gaussians with full covariances, fitted by EM: ex-post density estimation (arXiv 1903.12436).
 
     After `fit`: weights [K], means [K, D] and chol [K, D, D], the Cholesky factors of the covariances.
     """
@@ -647,12 +652,12 @@ class GaussianMixture:
     def fit(self, z, iterations=100, tolerance=1e-4, generator=None):
         """Points z [N, D] -> self; ends when an iteration gains less than `tolerance` nats a point.
 
-        `history` keeps the mean log-likelihood of each iteration. Raises ValueError for fewer points than components
-        and for points that are not finite.
+        `history` keeps the mean log-likelihood of each iteration. Raises ValueError for fewer points than
+        components and for points that are not finite.
         """
         N, K = len(z), self.components
         if N < K or not z.isfinite().all():
-            raise ValueError(f"gmm_components {K} needs as many points, all finite, and there are {N}: take fewer")
+            raise ValueError(f"gmm_components {K} needs as many points, all finite, not {N}: take fewer")
         pick = lambda p: z[torch.multinomial(p.cpu(), 1, generator=generator).item()][None]
         nearest, centres = torch.ones_like(z[:, 0]), z[:0]
         for _ in range(K):    # k-means++: a point far from all centres is likely to be the next
@@ -665,8 +670,8 @@ class GaussianMixture:
         while len(self.history) < iterations:
             mass = resp.sum(0) + 1e-9
             self.weights, self.means = mass / mass.sum(), resp.T @ z / mass[:, None]
-            self.chol = torch.linalg.cholesky(torch.stack(
-                [(r[:, None] * (z - m)).T @ (z - m) / n + floor for r, m, n in zip(resp.T, self.means, mass)]))
+            covs = [(r[:, None] * (z - m)).T @ (z - m) / n for r, m, n in zip(resp.T, self.means, mass)]
+            self.chol = torch.linalg.cholesky(torch.stack(covs) + floor)
             joint = self._joint(z)
             self.history.append(joint.logsumexp(1).mean().item())
             if len(self.history) > 1 and self.history[-1] < self.history[-2] + tolerance:
@@ -697,13 +702,12 @@ class GaussianMixture:
 # 7 DiffuseVAE: p(z) p(x|z), a standard normal and a DDPM that sees x_hat = decode(z)
 # --------------------------------------------------------------------------------------------------------
 
-
 class DiffuseVAE(nn.Module):
-    """Both models joined (DiffuseVAE, section 3): `vae` (None for formulation none), `unet`, `diffusion`, `config`.
+    """Both models joined (DiffuseVAE, section 3): `vae` (None without one), `unet`, `diffusion`, `config`.
 
-    Images are [N, C, S, S] in [-1, 1], latents z [N, z_dim], noise x_T ~ N(0, I) like the images; formulation 2
-    adds x_hat to it by itself. Keywords named like sampling options of Config override them for one call, as in
-    `model.decode(z, steps=10, eta=1.0)`, and raise its ValueErrors. `generator`: see `randn`.
+    Images are [N, C, S, S] in [-1, 1], latents z [N, z_dim], noise x_T ~ N(0, I) like the images; formulation
+    2 adds x_hat to it by itself. Keywords named like sampling options of Config override them for one call,
+    as in `model.decode(z, steps=10, eta=1.0)`, and raise its ValueErrors. `generator`: see `randn`.
     """
 
     def __init__(self, config):
@@ -720,7 +724,7 @@ class DiffuseVAE(nn.Module):
 
     @classmethod
     def load(cls, run_dir, device="auto"):
-        """A trained model from its run folder, ready to use. Raises ValueError if it is missing or damaged."""
+        """A trained model from its run folder, ready to use. ValueError if it is missing or damaged."""
         model = cls(Config.preset(**read_options(run_dir), run_dir=str(run_dir)))
         if model.vae:
             model.vae.load_state_dict(load_checkpoint(run_dir, "vae", model)["model"])
@@ -776,7 +780,7 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def refine(self, x_hat, x_T=None, z=None, generator=None, **options):
-        """Blurry images, the VAE's or others -> refined ones. Without a VAE x_hat is None and len(z) counts."""
+        """Blurry images, the VAE's or others -> refined. Without a VAE x_hat is None and len(z) counts."""
         c = dataclasses.replace(self.config, **options)
         if c.cond_noise:
             x_hat = x_hat + c.cond_noise * randn(x_hat.shape, x_hat, generator)
@@ -805,7 +809,7 @@ class DiffuseVAE(nn.Module):
         return self.decode(self.encode(x), x_T, generator, **options)
 
     def interpolate(self, x, n=9, along="both", **options):
-        """Two images [2, C, S, S] -> n from the first to the second, along z (a line), x_T (an arc) or both."""
+        """Two images [2, C, S, S] -> n from one to the other, along z (a line), x_T (an arc) or both."""
         (z_a, z_b), (a, b) = self.invert(x, **options)
         w = torch.linspace(0, 1, n, device=x.device)
         v, w = (w * (along != "x_T"))[:, None], (w * (along != "z"))[:, None, None, None]
@@ -834,15 +838,16 @@ LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
 
 
 def train(model, stage, images, run_dir=None, stop=lambda: False):
-    """Train model.vae (stage "vae") or model.unet ("ddpm") on uint8 images [N, C, S, S]: a generator of metrics.
+    """Train model.vae (stage "vae") or model.unet ("ddpm") on uint8 images [N, C, S, S]; yields metrics.
 
-    Every `log_every` updates it yields a dict of LOG_COLUMNS; model.unet then holds the moving average (EMA), ready
-    to sample. With `run_dir` it keeps a checkpoint and log.csv there and goes on from what it finds. The randomness
-    of a step follows from (seed, stage, step), so a run in pieces is a run in one. When `stop()` is true after a
-    step it saves and ends. Raises ValueError, leaving the last checkpoint, if a loss or weight is not finite.
+    Every `log_every` updates it yields a dict of LOG_COLUMNS; model.unet then holds the moving average (EMA),
+    ready to sample. With `run_dir` it keeps a checkpoint and log.csv there and goes on from what it finds.
+    The randomness of a step follows from (seed, stage, step), so a run in pieces is a run in one. When `stop()`
+    is true after a step it saves and ends. Raises ValueError, leaving the last checkpoint, if a loss or a weight
+    is not finite.
     """
     c, is_vae, device = model.config, stage == "vae", next(model.parameters()).device
-    total, batch, peak = (c.vae_steps, c.vae_batch, c.vae_lr) if is_vae else (c.ddpm_steps, c.batch_size, c.lr)
+    plan = (c.vae_steps, c.vae_batch, c.vae_lr) if is_vae else (c.ddpm_steps, c.batch_size, c.lr)
     net = model.vae if is_vae else copy.deepcopy(model.unet)
     model.eval().requires_grad_(False)
     net.train().requires_grad_(True)
@@ -861,6 +866,7 @@ def train(model, stage, images, run_dir=None, stop=lambda: False):
     objective = (lambda x: net.loss(x, c.kl_weight)) if is_vae else lambda x: (model.loss(x, net),)
     if c.compile == "on" or c.compile == "auto" and device.type == "cuda":
         objective = torch.compile(objective)
+    total, batch, peak = plan
     warmup, clock, counted = min(c.warmup, total // 10), time.perf_counter(), done
     while done < total:
         torch.manual_seed(stream(c.seed, stage, done))
@@ -874,22 +880,22 @@ def train(model, stage, images, run_dir=None, stop=lambda: False):
             terms = objective(x.contiguous(memory_format=torch.channels_last))
         optimizer.zero_grad()
         terms[0].backward()
-        if c.grad_clip:
+        if c.grad_clip and not is_vae:
             nn.utils.clip_grad_norm_(params, c.grad_clip)
         optimizer.step()
         if not is_vae:    # the average's memory grows with the run, so that the first weights do not linger
             decay = min(c.ema, (1 + done) / (10 + done))
             torch._foreach_lerp_(averages, [p.detach() for p in params], 1 - decay)
-        pending.append(torch.stack(terms).detach())    # on the device until it is logged: no step waits for it
+        pending.append(torch.stack(terms).detach())    # on the device until logged: no step waits for it
         done, stopping = done + 1, stop()
-        logging, saving = done % c.log_every == 0 or done == total, done % c.save_every == 0 or done == total
+        logging, saving = (done % every == 0 or done == total for every in (c.log_every, c.save_every))
         if logging or saving or stopping:
             losses = torch.stack(pending)    # [steps since the last row, terms]
             bad = (~losses.isfinite().all(1)).nonzero().flatten().tolist()
             if bad or not all(p.isfinite().all() for p in params):
                 at = done - len(losses) + 1 + bad[0] if bad else done
-                raise ValueError(f"the {'loss' if bad else 'network'} of stage {stage} is not finite at step {at}: "
-                                 f"lower --{'vae-lr' if is_vae else 'lr'}; the last checkpoint is as it was")
+                raise ValueError(f"the {'loss' if bad else 'network'} of stage {stage} is not finite at step "
+                                 f"{at}; the last checkpoint is kept: lower --{'vae-lr' if is_vae else 'lr'}")
         if logging:
             speed, pending = (done - counted) * batch / (time.perf_counter() - clock), []
             row = {"stage": stage, "step": done, "lr": rate, "images_per_s": speed}
@@ -910,20 +916,18 @@ def train(model, stage, images, run_dir=None, stop=lambda: False):
 
 
 def stream(seed, name, index):
-    """The seed of one step or image: 32 bits, all that torch's CPU generator heeds; another for each index."""
+    """The seed of one step or image: 32 bits, all that torch's CPU generator heeds."""
     return (zlib.crc32(f"{seed} {name}".encode()) + index * 0x9E3779B1) % 2**32
 
 
 def fingerprint(network):
     """A checksum of a network's weights; 0 for None."""
-    total = 0
-    for value in network.state_dict().values() if network else ():
-        total = zlib.crc32(value.detach().cpu().contiguous().numpy(), total)
-    return total
+    values = [v.detach().cpu().contiguous().numpy() for v in network.state_dict().values()] if network else []
+    return zlib.crc32(b"".join(v.tobytes() for v in values))
 
 
 def save_atomic(path, write):
-    """Write a file through write(file) beside its place, flush it to disk, rename it: it is whole or not there."""
+    """Write a file through write(file) beside its place, flush it, rename it: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -939,8 +943,8 @@ def save_atomic(path, write):
 
 def bound_options(config, stage):
     """The options that a checkpoint of this stage is bound to."""
-    names = [f.name for f in dataclasses.fields(config) if f.metadata["group"] == "model" and f.name != "vae_from"]
-    return {name: getattr(config, name) for name in (names if stage == "ddpm" else VAE_OPTIONS)}
+    model = {k: v for k, v in config.group("model").items() if k != "vae_from"}
+    return model if stage == "ddpm" else {k: model[k] for k in VAE_OPTIONS}
 
 
 def refuse_differences(where, has, asked):
@@ -958,26 +962,23 @@ def save_checkpoint(run_dir, stage, config, state):
 def load_checkpoint(run_dir, stage, model):
     """What `save_checkpoint` saved, on the CPU, mapped rather than read.
 
-    Raises ValueError if it is missing, damaged, of another version, of a model with other options, or, for the
-    U-Net and the mixture, of another VAE than model.vae.
+    Raises ValueError if it is missing, damaged, of another version, of another model or of another VAE.
     """
     path = Path(run_dir, f"{stage}.pt")
     if not path.exists():
         raise ValueError(f"there is no {path}: train with --stage {stage} first")
     try:
         with zipfile.ZipFile(path) as archive:    # torch.load alone ignores the archive's checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile("wrong checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         kind, options = (state["stage"], state["format"]), state["options"]
     except Exception as e:    # a damaged archive fails in many ways
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): restore a copy, or move it away "
-                         "to train anew") from None
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): move it away") from None
     if kind != (stage, FORMAT):
-        raise ValueError(f"{path} is of stage {kind[0]}, version {kind[1]}, not {stage}, {FORMAT}: move it away")
+        raise ValueError(f"{path} is of {kind}, not of {(stage, FORMAT)}: move it away")
     refuse_differences(path, options, bound_options(model.config, stage))
     if "vae" in state and state["vae"] != fingerprint(model.vae):
-        raise ValueError(f"{path} belongs to another VAE than the vae.pt beside it: restore that or move {path} away")
+        raise ValueError(f"{path} goes with another VAE than the vae.pt beside it: move one of them away")
     return state
 
 
@@ -998,11 +999,10 @@ def read_options(run_dir):
 
 def rewind_log(run_dir, stage, done):
     """Drop the rows of log.csv after a checkpoint's step: those steps are taken again."""
-    path, rows = Path(run_dir, "log.csv"), []
-    if path.exists():
-        rows = [r.split(",") for r in path.read_text().splitlines()[1:]]
-    kept = [LOG_COLUMNS, *(r for r in rows if len(r) == len(LOG_COLUMNS) and (r[0] != stage or int(r[1]) <= done))]
-    save_atomic(path, lambda f: f.write("".join(",".join(r) + "\n" for r in kept).encode()))
+    path = Path(run_dir, "log.csv")
+    rows = [r.split(",") for r in path.read_text().splitlines()[1:]] if path.exists() else []
+    rows = [r for r in rows if len(r) == len(LOG_COLUMNS) and (r[0] != stage or int(r[1]) <= done)]
+    save_atomic(path, lambda f: f.write("".join(",".join(r) + "\n" for r in [LOG_COLUMNS, *rows]).encode()))
 
 
 def append_log(run_dir, row):
@@ -1015,7 +1015,6 @@ def append_log(run_dir, row):
 # --------------------------------------------------------------------------------------------------------
 # 9 Pictures: labelled grids and the curves of the log
 # --------------------------------------------------------------------------------------------------------
-
 
 def tile(images, columns):
     """[N, C, S, S] in [-1, 1] -> one picture uint8 [H, W, 3], row by row, with white lines between."""
@@ -1044,9 +1043,11 @@ def draw_curves(run_dir):
     stages = sorted({r["stage"] for r in rows}, reverse=True)
     fig = Figure(figsize=(4.5 * len(stages), 3.2), dpi=150, layout="constrained")
     for ax, stage in zip(fig.subplots(1, len(stages), squeeze=False)[0], stages):
+        rows_here = [r for r in rows if r["stage"] == stage]
         for name in ("loss", "recon", "kl") if stage == "vae" else ("loss",):
-            ax.plot(*zip(*((int(r["step"]), float(r[name])) for r in rows if r["stage"] == stage)), label=name)
-        ax.set(xlabel="step", yscale="log", title=dict(vae="VAE, nats an image", ddpm="U-Net, squared error")[stage])
+            ax.plot([int(r["step"]) for r in rows_here], [float(r[name]) for r in rows_here], label=name)
+        title = "VAE: nats an image" if stage == "vae" else "U-Net: mean squared error"
+        ax.set(xlabel="step", yscale="log", title=title)
         ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -1061,14 +1062,13 @@ def save_figure(fig, path):
 def save_png(image, path):
     """Write uint8 [C, S, S] as a PNG."""
     from PIL import Image
-    pixels = image.permute(1, 2, 0).squeeze(2).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-    save_atomic(path, partial(Image.fromarray(pixels).save, format="PNG"))
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    save_atomic(path, partial(Image.fromarray(pixels.numpy()).save, format="PNG"))
 
 
 # --------------------------------------------------------------------------------------------------------
 # 10 Main: the command line and its stages
 # --------------------------------------------------------------------------------------------------------
-
 
 def report(text, passing=False):
     """Print a line; the next one overwrites a passing one on a terminal."""
@@ -1077,11 +1077,11 @@ def report(text, passing=False):
 
 
 def find_device(name="auto"):
-    """auto, cuda, mps or cpu -> torch.device. Raises ValueError for one that this machine or PyTorch lacks."""
+    """auto, cuda, mps or cpu -> torch.device. Raises ValueError for one that is not to be had."""
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(k for k in has if has[k]) if name == "auto" else name
     if not has[name]:
-        raise ValueError(f"--device {name} is not to be had on this machine with this PyTorch: take --device auto")
+        raise ValueError(f"--device {name} is not to be had here with this PyTorch: take --device auto")
     return torch.device(name)
 
 
@@ -1103,17 +1103,14 @@ def gflops(model):
 
 
 def settle(given):
-    """The options of the command line, over those of the run folder, over the preset -> Config, or ValueError."""
+    """The options of the command line over the run folder's over the preset -> Config. Raises ValueError."""
     run_dir, source = given.get("run_dir") or f"runs/{given.get('dataset', 'shapes')}", given.get("vae_from")
-    bound = [f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "model"]
-    kept = {}
-    if Path(run_dir, "config.json").exists() or given.get("stage") == "sample":
-        kept = read_options(run_dir)
-        refuse_differences(run_dir, kept, {k: v for k, v in given.items() if k in bound})
-    elif source:
+    old = Path(run_dir, "config.json").exists() or given.get("stage") == "sample"
+    kept = read_options(run_dir) if old else {}
+    if source and not old:
         kept = {k: v for k, v in read_options(source).items() if k in (*VAE_OPTIONS, "data_dir")}
-        refuse_differences(source, kept, {k: v for k, v in given.items() if k in VAE_OPTIONS})
     config = Config.preset(**{**kept, **given, "run_dir": run_dir})
+    refuse_differences(run_dir if old else source, kept, config.group("model"))
     if idle := [flag(k) for k in given if k in VAE_OPTIONS[2:] and config.formulation == "none"]:
         raise ValueError(f"--formulation none has no VAE for {idle[0]}: leave it out")
     return config
@@ -1121,81 +1118,73 @@ def settle(given):
 
 def run(given):
     """Do what the options given on the command line ask for."""
-    config = settle(given)
-    device, run_dir = find_device(config.device), Path(config.run_dir)
+    c = settle(given)
+    device, run_dir = find_device(c.device), Path(c.run_dir)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    if config.stage == "sample":
+    if c.stage == "sample":
         model = DiffuseVAE.load(run_dir, device.type)
-        model.config = config
+        model.config = c
         return draw_samples(model)
-    torch.manual_seed(stream(config.seed, "weights", 0))
-    model = DiffuseVAE(config)
-    images, costs = load_split(config, "train"), gflops(model)
-    if config.prior == "gmm" and config.gmm_components > len(images):
-        raise ValueError(f"--gmm-components takes numbers up to {len(images)}, the training images, "
-                         f"not {config.gmm_components}")
-    if Path(run_dir, "ddpm.pt").exists() and model.vae and not config.vae_from and config.stage != "ddpm" \
-            and load_checkpoint(run_dir, "vae", model)["step"] < config.vae_steps:
-        raise ValueError(f"the U-Net in {run_dir} was trained with its VAE as it is: to train that further, move "
-                         f"ddpm.pt away, or take another --run-dir")
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
-               if f.metadata["group"] in ("model", "training")}
-    text = json.dumps(dict(format=FORMAT, **options), indent=2) + "\n"
+    torch.manual_seed(stream(c.seed, "weights", 0))
+    model = DiffuseVAE(c)
+    images, costs = load_split(c, "train"), gflops(model)
+    plan = [("vae", model.vae, costs[0], c.vae_steps, c.vae_batch)] if model.vae and not c.vae_from else []
+    plan += [("ddpm", model.unet, costs[1], c.ddpm_steps, c.batch_size)]
+    plan = [row for row in plan if c.stage in (row[0], "all")]
+    if not plan:
+        raise ValueError(f"--stage {c.stage} finds no VAE to train with --formulation none or --vae-from")
+    if c.prior == "gmm" and c.gmm_components > len(images):
+        raise ValueError(f"--gmm-components takes 1 to {len(images)}, the images, not {c.gmm_components}")
+    if plan[0][0] == "vae" and Path(run_dir, "ddpm.pt").exists() \
+            and load_checkpoint(run_dir, "vae", model)["step"] < c.vae_steps:
+        raise ValueError(f"the U-Net in {run_dir} goes with this VAE: to train that on, move ddpm.pt away")
+    text = json.dumps(dict(format=FORMAT, **c.group("model", "training")), indent=2) + "\n"
     save_atomic(run_dir / "config.json", lambda f: f.write(text.encode()))
-    if config.vae_from and not Path(run_dir, "vae.pt").exists():
-        load_checkpoint(config.vae_from, "vae", model)
-        save_atomic(run_dir / "vae.pt", lambda f: f.write(Path(config.vae_from, "vae.pt").read_bytes()))
+    if c.vae_from and not Path(run_dir, "vae.pt").exists():
+        load_checkpoint(c.vae_from, "vae", model)
+        save_atomic(run_dir / "vae.pt", lambda f: f.write(Path(c.vae_from, "vae.pt").read_bytes()))
     model.to(device, memory_format=torch.channels_last)
     if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:
         images = images.to(device)
-    report(f"{config.dataset}: {len(images)} images of {config.image_size}x{config.image_size}, formulation "
-           f"{config.formulation}, {device.type}, precision {config.precision}, run folder {run_dir}")
-    for stage, network, cost, steps, batch in (
-            ("vae", model.vae, costs[0], config.vae_steps, config.vae_batch),
-            ("ddpm", model.unet, costs[1], config.ddpm_steps, config.batch_size)):
-        if not network or stage == "vae" and config.vae_from or config.stage not in (stage, "all"):
-            continue
+    report(f"{c.dataset}: {len(images)} images of {c.image_size}x{c.image_size}, formulation "
+           f"{c.formulation}, {device.type}, precision {c.precision}, run folder {run_dir}")
+    for stage, network, cost, total, batch in plan:
         if stage == "ddpm" and model.vae:
             model.vae.load_state_dict(load_checkpoint(run_dir, "vae", model)["model"])
         size = sum(p.numel() for p in network.parameters()) / 1e6
-        report(f"{stage}: {size:.2f} M parameters, {cost:.3f} GFLOP an image, {steps} steps of {batch} images")
-        run_stage(model, stage, images, cost, steps, batch)
+        report(f"{stage}: {size:.2f} M parameters, {cost:.3f} GFLOP an image, {total} steps of {batch}")
+        caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+        handlers = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
+        try:
+            for m in train(model, stage, images, run_dir, stop=lambda: caught):
+                rate, left = m["images_per_s"], (total - m["step"]) * batch / m["images_per_s"] / 60
+                report(f"{stage} {m['step']}/{total}  loss {m['loss']:.4f}  {rate:.0f} images/s  "
+                       f"{3e-3 * cost * rate:.3f} TFLOP/s  {left:.1f} min left", passing=m["step"] < total)
+        finally:
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler)
+        if caught:
+            report(f"stopped and saved in {run_dir}: the same command goes on from there")
+            raise SystemExit(128 + caught[0])
     save_figure(draw_curves(run_dir), run_dir / "curves.png")
-    if config.stage == "all":
+    if c.stage == "all":
         draw_samples(model.eval())
 
 
-def run_stage(model, stage, images, cost, total, batch):
-    """Train a stage to its end, or until Ctrl-C or SIGTERM, and tell how it goes."""
-    caught = []
-    old = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for m in train(model, stage, images, model.config.run_dir, stop=lambda: caught):
-            rate, left = m["images_per_s"], (total - m["step"]) * batch / m["images_per_s"]
-            report(f"{stage} {m['step']}/{total}  loss {m['loss']:.4f}  {rate:.0f} images/s  "
-                   f"{3e-3 * cost * rate:.3f} TFLOP/s  {left / 60:.1f} min left", passing=m["step"] < total)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-    if caught:
-        report(f"stopped and saved in {model.config.run_dir}: the same command goes on from there")
-        raise SystemExit(128 + caught[0])
-
-
 def load_mixture(model):
-    """Give the model the mixture of --prior gmm, from gmm.pt, or fitted to the training images and saved there."""
-    c, old = model.config, {}
+    """Give the model the mixture of --prior gmm, from gmm.pt, or fitted to training latents."""
+    c, state = model.config, {}
     if Path(c.run_dir, "gmm.pt").exists():
-        old = load_checkpoint(c.run_dir, "gmm", model)["mixture"]
-    if old.get("components") != c.gmm_components:
+        state = load_checkpoint(c.run_dir, "gmm", model)["mixture"]
+    if state.get("components") != c.gmm_components:
         report(f"fitting a mixture of {c.gmm_components} Gaussians to the training latents")
         model.fit_mixture(load_split(c, "train"), c.gmm_components)
-        old = vars(model.mixture)
-        save_checkpoint(c.run_dir, "gmm", c, dict(mixture=old, vae=fingerprint(model.vae)))
+        state = vars(model.mixture)
+        save_checkpoint(c.run_dir, "gmm", c, dict(mixture=state, vae=fingerprint(model.vae)))
     model.mixture = GaussianMixture(c.gmm_components)
-    vars(model.mixture).update({k: v.to(model.unet.first.weight.device) if torch.is_tensor(v) else v for k, v in old.items()})
+    vars(model.mixture).update(state)
 
 
 def draw_samples(model):
@@ -1203,16 +1192,14 @@ def draw_samples(model):
 
     An image depends on the seed and its index alone, so PNGs that are there need not be drawn again.
     """
-    c, run_dir = model.config, Path(model.config.run_dir)
-    shown = min(c.num_samples, 64)
-    n, folders = c.num_samples if c.save_images else shown, [run_dir / "samples"]
-    folders += [run_dir / "vae_samples"] if model.vae else []
+    c, run_dir, shown = model.config, Path(model.config.run_dir), min(model.config.num_samples, 64)
+    n, folders = c.num_samples if c.save_images else shown, [run_dir / "samples", run_dir / "vae_samples"]
     if c.save_images:
-        names = ("seed", "steps", "eta", "spacing", "variance", "temperature", "prior", "gmm_components", "cond_noise")
-        made = dict({k: getattr(c, k) for k in names}, unet=fingerprint(model.unet))
+        made = {k: v for k, v in c.group("sampling").items() if k not in ("num_samples", "sample_batch")}
+        made |= dict(seed=c.seed, unet=fingerprint(model.unet))
         note = folders[0] / "options.json"
         if note.exists() and json.loads(note.read_text()) != made:
-            raise ValueError(f"{folders[0]} holds samples of other options or another network: move it away first")
+            raise ValueError(f"{folders[0]} holds samples of other options or another network: move it away")
         save_atomic(note, lambda f: f.write(json.dumps(made).encode()))
     if c.prior == "gmm":
         load_mixture(model)
@@ -1220,7 +1207,7 @@ def draw_samples(model):
     with ThreadPoolExecutor() as pool:
         for start in range(0, n, c.sample_batch):
             indices = range(start, min(start + c.sample_batch, n))
-            paths = [[folder / f"{i:06}.png" for i in indices] for folder in folders]
+            paths = [[folder / f"{i:06}.png" for i in indices] for folder in folders[:1 + bool(model.vae)]]
             if start >= shown and all(path.exists() for path in sum(paths, [])):
                 continue
             g = [torch.Generator().manual_seed(stream(c.seed, "sample", i)) for i in indices]
@@ -1228,10 +1215,9 @@ def draw_samples(model):
             with torch.no_grad():
                 images = [model.decode(z, generator=g), *([model.vae.decode(z)] if model.vae else [])]
             seen.append([x[:max(0, shown - start)].cpu() for x in images])
-            if c.save_images:
-                for x, column in zip(images, paths):
-                    list(pool.map(save_png, to_uint8(x).cpu(), column))
-            report(f"drew {indices[-1] + 1} of {n} images in {time.perf_counter() - began:.1f} s", passing=True)
+            for x, column in zip(images, paths if c.save_images else []):
+                list(pool.map(save_png, to_uint8(x).cpu(), column))
+            report(f"drew {indices[-1] + 1} of {n} in {time.perf_counter() - began:.1f} s", passing=True)
     labels = (f"{'refined' if model.vae else 'DDPM'}, {c.steps} steps", "VAE")
     panels = list(zip(labels, map(torch.cat, zip(*seen))))
     try:
@@ -1250,15 +1236,17 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv=None):
     """Command line -> dictionary of the options given on it."""
-    numbers = lambda text: None if text == "auto" else tuple(int(v) for v in text.split(",") if text != "none")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    numbers = lambda text: None if text == "auto" else tuple(int(n) for n in text.split(",") if n != "none")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev = False
     groups = {name: parser.add_argument_group(name) for name in ("run", "model", "training", "sampling")}
     for f in dataclasses.fields(Config):
         takes, more = f.metadata["takes"], dict(action=argparse.BooleanOptionalAction)
         if f.type is not bool:
             more = dict(type=numbers if f.type is tuple else f.type,
                         metavar="|".join(takes) if takes and f.type is str else f.type.__name__)
-        groups[f.metadata["group"]].add_argument(flag(f.name), default=argparse.SUPPRESS, help=f.metadata["help"], **more)
+        more |= dict(default=argparse.SUPPRESS, help=f.metadata["help"])
+        groups[f.metadata["group"]].add_argument(flag(f.name), **more)
     return vars(parser.parse_args(argv))
 
 

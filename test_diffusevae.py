@@ -1,0 +1,600 @@
+"""Tests of diffusevae.py against independent truth: closed forms, numerical integration, textbook formulas, files.
+
+    python -m pytest test_diffusevae.py
+
+Offline and on the CPU, but for one test that wants CUDA. "5 SE" in a comment is five standard errors of a Monte Carlo
+mean: a right program misses that once in two million draws, and the seeds are fixed besides.
+"""
+import collections, copy, csv, inspect, json, math, os, shutil, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch import distributions as D
+
+import diffusevae
+from diffusevae import VAE, Config, DiffuseVAE, GaussianDiffusion, GaussianMixture, UNet, randn, timesteps_for
+
+SPACINGS = ("uniform", "quad", "trailing")
+TINY = dict(image_size=8, unet_width=4, unet_mults=(1, 2), res_blocks=1, heads=1, vae_width=2, z_dim=2, vae_steps=4,
+            ddpm_steps=4, batch_size=4, vae_batch=4, steps=2, num_samples=4, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, from one seed, and the big `shapes` are few."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    draw = diffusevae.draw_shapes
+    monkeypatch.setattr(diffusevae, "draw_shapes", lambda n, size, seed: draw(n // (500 if n > 5000 else 1), size, seed))
+
+
+def double(*shape):
+    """Standard-normal float64."""
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def perturbed(net, scale=0.2):
+    """The network with noise on every parameter, so that nothing is zero as initialised."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return net
+
+
+def jump(T, steps, spacing="trailing"):
+    """(t, s) of each sampling step, as ints, from noise to image."""
+    kept = timesteps_for(T, steps, spacing).tolist()
+    return list(zip(kept[::-1], [*kept[-2::-1], -1]))
+
+
+# --------------------------------------------------------------------------------------------------------
+# VAE
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_vae_kl():
+    """The KL term is that of torch.distributions, and the mean of log q(z) - log p(z) over draws of z."""
+    vae, x = perturbed(VAE(8, 3, 5, 4)), torch.rand(4, 3, 8, 8) * 2 - 1
+    kl = vae.loss(x)[2].item()
+    mu, logvar = (v.detach().double() for v in vae.encode(x))
+    q, p = D.Normal(mu, (logvar / 2).exp()), D.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    assert kl == pytest.approx(D.kl_divergence(q, p).sum(1).mean().item(), rel=1e-5)    # float32 sums
+    z = q.sample((100_000,))
+    draws = (q.log_prob(z) - p.log_prob(z)).sum(2).mean(1)
+    assert abs(draws.mean() - kl) < 5 * draws.std() / len(draws)**0.5    # 5 SE
+
+
+def test_vae_squared_error():
+    """The squared error is that of images in [0, 1], summed over pixels, averaged over images; loss = it + weight * KL."""
+    vae, x, x_hat = VAE(8, 3, 2, 2), torch.rand(5, 3, 8, 8) * 2 - 1, torch.rand(5, 3, 8, 8) * 2 - 1
+    vae.decode = lambda z: x_hat
+    loss, error, kl = vae.loss(x, 0.3)
+    a, b = ((v.double().numpy() + 1) / 2 for v in (x, x_hat))
+    assert error.item() == pytest.approx(((a - b)**2).sum((1, 2, 3)).mean(), rel=1e-5)
+    assert loss.item() == pytest.approx(error.item() + 0.3 * kl.item(), rel=1e-5)
+    vae.decode = lambda z: torch.ones(5, 3, 8, 8)
+    assert vae.loss(-torch.ones(5, 3, 8, 8))[1].item() == 3 * 8 * 8    # black against white: 1 a pixel and channel
+
+
+def test_vae_draws_z_from_q():
+    """The z that the loss decodes has the mean and standard deviation that encode gives."""
+    vae, seen, n = perturbed(VAE(8, 1, 3, 2)), [], 20_000
+    decode = vae.decode
+    vae.decode = lambda z: seen.append(z) or decode(z)
+    x = torch.rand(1, 1, 8, 8) * 2 - 1
+    with torch.no_grad():
+        vae.loss(x.expand(n, -1, -1, -1))
+        mu, logvar = vae.encode(x)
+    sd = (logvar[0] / 2).exp()
+    assert ((seen[0].mean(0) - mu[0]).abs() < 5 * sd / n**0.5).all()    # 5 SE
+    assert ((seen[0].std(0) / sd - 1).abs() < 5 / (2 * n)**0.5).all()    # 5 SE of a standard deviation
+
+
+@pytest.mark.parametrize("channels", (1, 3))
+@pytest.mark.parametrize("size", (8, 9, 16, 24, 32))
+def test_vae_shapes(size, channels):
+    """Images of any size and channels have codes of z_dim and come back in their shape, within [-1, 1]."""
+    vae, x = VAE(size, channels, 7, 4), torch.rand(2, channels, size, size) * 2 - 1
+    assert [v.shape for v in vae.encode(x)] == [(2, 7), (2, 7)]
+    x_hat = vae.decode(100 * torch.randn(2, 7))
+    assert x_hat.shape == x.shape and x_hat.abs().max() <= 1
+
+
+# --------------------------------------------------------------------------------------------------------
+# Diffusion: schedules and the forward process
+# --------------------------------------------------------------------------------------------------------
+
+
+def betas_of(d):
+    """1 - a_t / a_{t-1}, numpy [T]."""
+    a = d.alpha_bar[:-1].numpy()
+    return 1 - a / np.concatenate([[1.0], a[:-1]])
+
+
+def test_linear_and_geometric_schedules():
+    """Linear betas have the asked ends and one difference, geometric ones the asked ends and one ratio."""
+    linear, geometric = betas_of(GaussianDiffusion(1000)), betas_of(GaussianDiffusion(500, 2e-4, 0.1, "geometric"))
+    np.testing.assert_allclose(linear[[0, -1]], [1e-4, 0.02], rtol=1e-9)
+    np.testing.assert_allclose(np.diff(linear), (0.02 - 1e-4) / 999, rtol=1e-6)    # a difference of rounded numbers
+    np.testing.assert_allclose(geometric[[0, -1]], [2e-4, 0.1], rtol=1e-9)
+    np.testing.assert_allclose(geometric[1:] / geometric[:-1], 500 ** (1 / 499), rtol=1e-8)
+
+
+@pytest.mark.parametrize("T", (10, 1000))
+def test_cosine_schedule(T):
+    """a_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2, with betas up to 0.999 (2102.09672, eq. 17)."""
+    f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2)**2 for t in range(T + 1)]
+    a, expected = 1.0, []
+    for before, after in zip(f, f[1:]):
+        expected.append(a := a * (1 - min(0.999, 1 - after / before)))
+    np.testing.assert_allclose(GaussianDiffusion(T, schedule="cosine").alpha_bar[:-1].numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ("linear", "cosine", "geometric"))
+def test_alpha_bar_ends(schedule):
+    """alpha_bar is float64, falls from nearly 1 to nearly 0, and index -1, the clean image, is exactly 1."""
+    a = GaussianDiffusion(1000, 1e-4, 0.05, schedule).alpha_bar
+    assert a.dtype == torch.float64 and a.shape == (1001,) and a[-1] == 1
+    assert (a[:-1].diff() < 0).all() and 0.999 < a[0] < 1 and 0 < a[999] < 0.01
+
+
+def test_q_sample_is_many_single_steps():
+    """One jump to x_t has the moments of the chain x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) eps."""
+    T, n = 20, 100_000
+    d, x, x0 = GaussianDiffusion(T, 0.01, 0.6), torch.full((n,), 0.7, dtype=torch.float64), 0.7
+    for t, beta in enumerate(np.linspace(0.01, 0.6, T)):
+        x = (1 - beta)**0.5 * x + beta**0.5 * double(n)
+        if t in (0, 3, 9, T - 1):
+            jumped = d.q_sample(torch.full((n,), x0, dtype=torch.float64), torch.full((n,), t), double(n))
+            spread = x.std()
+            assert abs(x.mean() - jumped.mean()) < 5 * spread * (2 / n)**0.5    # 5 SE of a difference
+            assert abs(x.var() / jumped.var() - 1) < 5 * (4 / n)**0.5    # variance of a variance: 2 / n, twice
+
+
+@pytest.mark.parametrize("shift", (0.0, 0.4))
+@pytest.mark.parametrize("t, s", ((1, 0), (9, 8), (9, 3), (15, 1), (19, 0)))
+def test_q_posterior_is_bayes(t, s, shift):
+    """Mean and variance of q(x_s | x_t, x_0) are those of q(x_s | x_0) q(x_t | x_s), normalised on a fine grid."""
+    betas, x0, x_t = np.linspace(0.01, 0.6, 20), 0.6, -0.3
+    a_t, a_s = np.prod(1 - betas[:t + 1]), np.prod(1 - betas[:s + 1])
+    y = np.linspace(-8, 8, 400_001)    # a density far below 1e-12 at its ends, smooth: the sum is exact to rounding
+    b = 1 - a_t / a_s
+    log = -(y - a_s**0.5 * x0)**2 / (2 * (1 - a_s)) - (x_t - shift - (1 - b)**0.5 * y)**2 / (2 * b)
+    p = np.exp(log - log.max())
+    p /= p.sum()
+    mean, like = (p * y).sum(), torch.full((1, 1), x_t, dtype=torch.float64)
+    got = GaussianDiffusion(20, 0.01, 0.6).q_posterior(like * 0 + x0, like, t, s, like * 0 + shift)
+    assert got[0].item() == pytest.approx(mean + shift, abs=1e-9)
+    assert got[1].item() == pytest.approx((p * (y - mean)**2).sum(), rel=1e-8)
+
+
+def test_q_posterior_ends_and_batches():
+    """s = -1 is x_0 itself, with no variance and no shift; s is t - 1 by default; t may differ in a batch."""
+    d, x0, x_t, shift = GaussianDiffusion(20, 0.01, 0.6), double(3, 2), double(3, 2), double(3, 2)
+    for t in (0, 7):
+        mean, variance = d.q_posterior(x0, x_t, t, -1, shift)
+        assert torch.allclose(mean, x0, atol=1e-14) and (variance == 0).all()
+    t = torch.tensor([0, 4, 19])
+    mean, variance = d.q_posterior(x0, x_t, t, shift=shift)
+    for i in range(3):
+        one = d.q_posterior(x0[i:i + 1], x_t[i:i + 1], int(t[i]), int(t[i]) - 1, shift[i:i + 1])
+        assert torch.equal(mean[i], one[0][0]) and torch.equal(variance[i], one[1][0])
+
+
+@pytest.mark.parametrize("predict", ("eps", "v"))
+def test_target_round_trip(predict):
+    """From the true target predict_x0 finds x_0 and eps again; v is sqrt(a) eps - sqrt(1 - a) x_0."""
+    d, x0, eps, shift = GaussianDiffusion(1000, predict=predict), double(4, 6), double(4, 6), double(4, 6)
+    t = torch.tensor([0, 10, 500, 999])
+    target, a = d.target(x0, t, eps), d.alpha_bar[t, None]
+    assert torch.allclose(target, eps if predict == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0, atol=1e-15)
+    found = d.predict_x0(d.q_sample(x0, t, eps, shift), t, target, shift)
+    # 1e-16 of rounding is divided by sqrt(a_999) = 0.006
+    assert torch.allclose(found[0], x0, atol=1e-12) and torch.allclose(found[1], eps, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Diffusion: sampling
+# --------------------------------------------------------------------------------------------------------
+
+
+def wavy(x, t):
+    """Some smooth network, of no special form."""
+    return torch.tanh(1.3 * x + 0.2) + 0.1 * torch.sin(t.to(x).view(-1, *[1] * (x.dim() - 1)))
+
+
+def test_formulation_2_is_formulation_1_shifted():
+    """With a network that sees x_t - shift: x_t and means move by the shift, the clean image and y_T do not."""
+    d, x0, noise, shift = GaussianDiffusion(50, 2e-3, 0.4), double(3, 4), double(3, 4), double(3, 4)
+    t, net = torch.tensor([0, 20, 49]), lambda x, t: wavy(x - shift, t)
+    near = lambda a, b: torch.allclose(a, b, rtol=1e-9, atol=1e-10)    # (y + shift) - shift rounds; steps add that up
+    plain = d.q_sample(x0, t, noise)
+    assert near(d.q_sample(x0, t, noise, shift), plain + shift)
+    for s, moved in ((t - 1, torch.tensor([0.0, 1, 1])[:, None]), (torch.tensor([-1, 3, -1]), torch.tensor([0.0, 1, 0])[:, None])):
+        one, two = d.q_posterior(x0, plain, t, s), d.q_posterior(x0, plain + shift, t, s, shift)
+        assert near(two[0], one[0] + moved * shift) and near(two[1], one[1])
+    for steps, eta, clip in ((1, 0.0, True), (7, 0.0, False), (10, 0.5, True), (50, 1.0, True), (50, 1.0, False)):
+        one, two = (d.sample(f, noise, steps, eta, shift=by, clip=clip, generator=torch.Generator().manual_seed(3))
+                    for f, by in ((wavy, 0), (net, shift)))
+        assert near(one, two), (steps, eta, clip)
+    assert near(d.invert(wavy, x0, 20), d.invert(net, x0, 20, shift=shift))
+
+
+@pytest.mark.parametrize("predict", ("eps", "v"))
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", (1, 2, 7, 10, 60, 100))
+def test_ddim_with_true_eps_returns_x0(steps, spacing, predict):
+    """An oracle that knows x_0 leads to x_0 from any noise; at any eta, for the last step adds no noise."""
+    d, x0, shift = GaussianDiffusion(100, 1e-3, 0.2, predict=predict), double(2, 5), double(2, 5)
+
+    def oracle(x, t):
+        a = d.alpha_bar[t, None]
+        eps = (x - shift - a.sqrt() * x0) / (1 - a).sqrt()
+        return eps if predict == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0
+
+    for eta in (0.0, 0.6, 1.0):
+        x = d.sample(oracle, double(2, 5), steps, eta, spacing=spacing, shift=shift, clip=False)
+        assert torch.allclose(x, x0, atol=1e-10)    # rounding over sqrt(a_T) = 0.004
+
+
+@pytest.mark.parametrize("clip", (False, True))
+@pytest.mark.parametrize("variance", ("small", "large"))
+def test_eta_1_is_ancestral_sampling(variance, clip):
+    """All T steps at eta 1 are DDPM's algorithm 2, written with betas, from the same noise."""
+    T, betas = 50, torch.linspace(2e-3, 0.4, 50, dtype=torch.float64)
+    x = y_T = double(2, 4)
+    got = GaussianDiffusion(T, 2e-3, 0.4).sample(wavy, y_T, T, 1.0, clip=clip, variance=variance,
+                                                 generator=torch.Generator().manual_seed(5))
+    g, bar = torch.Generator().manual_seed(5), (1 - betas).cumprod(0)
+    for t in reversed(range(T)):
+        eps, beta, previous = wavy(x, torch.full((2,), t)), betas[t], bar[t - 1] if t else torch.tensor(1.0)
+        mean = (x - beta / (1 - bar[t]).sqrt() * eps) / (1 - beta).sqrt()    # equation 11
+        if clip:    # equation 7, with x_0 from equation 15
+            x0 = ((x - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()).clamp(-1, 1)
+            mean = (previous.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - previous) * x) / (1 - bar[t])
+        spread = beta if variance == "large" else beta * (1 - previous) / (1 - bar[t])
+        x = mean + (spread.sqrt() * torch.randn(2, 4, dtype=torch.float64, generator=g) if t else 0)
+    assert torch.allclose(got, x, rtol=1e-9, atol=1e-9)    # rounding, grown over 50 steps
+
+
+def test_clip_recomputes_eps():
+    """Two DDIM steps worked out by hand: x_0 is cut to 1, eps follows, the next step starts from there."""
+    d, e, y, shift = GaussianDiffusion(100, 1e-3, 0.2), -0.5, 0.9, 0.3
+    net = lambda x, t: torch.full_like(x, e)
+    for clip in (True, False):
+        (s, x, x0), (_, end, _) = d.trajectory(net, torch.full((1, 1), y, dtype=torch.float64), 2, shift=shift, clip=clip)
+        a_t, a_s = d.alpha_bar[99].item(), d.alpha_bar[49].item()
+        clean = (y - (1 - a_t)**0.5 * e) / a_t**0.5    # far above 1
+        clean, eps = (1, (y - a_t**0.5) / (1 - a_t)**0.5) if clip else (clean, e)
+        y_s = a_s**0.5 * clean + (1 - a_s)**0.5 * eps
+        last = (y_s - (1 - a_s)**0.5 * e) / a_s**0.5
+        assert (s, x0.item(), x.item()) == (49, pytest.approx(clean), pytest.approx(y_s + shift))
+        assert end.item() == pytest.approx(min(1, last) if clip else last)
+
+
+def gaussian_eps(d, mean, variance, shift=0):
+    """The best eps at x_t for data N(mean, variance): (x_t - sqrt(a) mean) sqrt(1 - a) / (a variance + 1 - a)."""
+    def net(x, t):
+        a = d.alpha_bar[t].view(-1, *[1] * (x.dim() - 1))
+        return (1 - a).sqrt() * (x - shift - a.sqrt() * mean) / (a * variance + 1 - a)
+    return net
+
+
+@pytest.mark.parametrize("eta", (0.0, 1.0))
+@pytest.mark.parametrize("steps", (1, 3, 10, 1000))
+def test_gaussian_data_recursion(steps, eta):
+    """For data N(m, c) each step is linear: the samples have the mean and variance of the exact recursion."""
+    m, c, n, T = 0.5, 0.04, 10_000, 1000
+    d, spacing = GaussianDiffusion(T), "uniform" if steps == 3 else "trailing"
+    bar = np.append(np.cumprod(1 - np.linspace(1e-4, 0.02, T)), 1.0)
+    mean, var = 0.0, 1.0    # of y_T
+    for t, s in jump(T, steps, spacing):
+        a, b = bar[t], bar[s]
+        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+        total = a * c + 1 - a    # variance of y_t, by which both best guesses are linear in y_t
+        slope = b**0.5 * a**0.5 * c / total + (1 - b - sigma2)**0.5 * (1 - a)**0.5 / total
+        mean, var = b**0.5 * m + slope * (mean - a**0.5 * m), slope**2 * var + sigma2 * (s >= 0)
+    x = d.sample(gaussian_eps(d, m, c), double(n, 1), steps, eta, spacing=spacing, clip=False)
+    assert abs(x.mean() - mean) < 5 * (var / n)**0.5 + 1e-9    # 5 SE
+    assert abs(x.var() - var) < 5 * var * (2 / n)**0.5 + 1e-9
+    if steps == T:    # and those are nearly the data's: the rest is the error of finite steps
+        assert mean == pytest.approx(m, abs=1e-3) and var == pytest.approx(c, rel=0.05)
+
+
+@pytest.mark.parametrize("variance", (0.05, 1.0))
+def test_invert_then_sample(variance):
+    """With the exact eps of Gaussian data y_T leads back to x_0; a single iteration errs less with more steps."""
+    d, shift = GaussianDiffusion(1000), double(50, 3)
+    x0, net = 0.2 + variance**0.5 * double(50, 3), gaussian_eps(d, 0.2, variance, shift)
+    error = lambda steps, n: (d.sample(net, d.invert(net, x0, steps, shift=shift, iterations=n), steps,
+                                       shift=shift, clip=False) - x0).abs().max().item()
+    assert error(100, 5) < 1e-3
+    once = [error(steps, 1) for steps in (20, 50, 100, 200)]
+    assert once == sorted(once, reverse=True) and once[-1] < once[0] / 3 and once[-1] > error(200, 5)
+    y_T = d.invert(net, x0, 1000, shift=shift)    # the flow carries N(m, c) to N(0, 1): quantile to quantile
+    assert torch.allclose(y_T, (x0 - 0.2) / variance**0.5, atol=0.05)    # a_T is 4e-5, and the steps are finite
+
+
+# --------------------------------------------------------------------------------------------------------
+# Diffusion: the bound, noise, timesteps, refusals
+# --------------------------------------------------------------------------------------------------------
+
+
+def bound_by_hand(betas, x0, calls):
+    """DDPM's bound in bits per dimension, from its formulas in numpy, at the x_t that the network was shown."""
+    bar, bits = np.cumprod(1 - betas), lambda nats: nats.reshape(len(x0), -1).mean(1) / math.log(2)
+    cdf = np.vectorize(lambda v: 0.5 * (1 + math.erf(v / 2**0.5)))
+    prior = D.kl_divergence(D.Normal(bar[-1]**0.5 * torch.tensor(x0), (1 - bar[-1])**0.5), D.Normal(0.0, 1.0))
+    terms = dict(L_T=bits(prior.numpy()), L_t=0)
+    for t, y, eps in calls:
+        guess = np.clip((y - (1 - bar[t])**0.5 * eps) / bar[t]**0.5, -1, 1)
+        if t:
+            var = betas[t] * (1 - bar[t - 1]) / (1 - bar[t])
+            mean = lambda x: (bar[t - 1]**0.5 * betas[t] * x + (1 - betas[t])**0.5 * (1 - bar[t - 1]) * y) / (1 - bar[t])
+            terms["L_t"] = terms["L_t"] + bits((mean(x0) - mean(guess))**2 / (2 * var))
+        else:
+            sd = (betas[1] * (1 - bar[0]) / (1 - bar[1]))**0.5
+            high = np.where(x0 == 1, np.inf, (x0 + 1 / 255 - guess) / sd)
+            low = np.where(x0 == -1, -np.inf, (x0 - 1 / 255 - guess) / sd)
+            terms["L_0"] = bits(-np.log(cdf(high) - cdf(low)))
+    return terms
+
+
+@pytest.mark.parametrize("shifted", (False, True))
+def test_bits_per_dim(shifted):
+    """The bound, term by term, is DDPM's formulas in numpy at the same noise; a shift that the net sees changes nothing."""
+    T, betas = 40, np.linspace(1e-3, 0.4, 40)
+    d = GaussianDiffusion(T, 1e-3, 0.4)
+    levels = torch.tensor([[0, 255, 128], [7, 200, 255]], dtype=torch.uint8).view(2, 1, 1, 3)
+    x0, calls = diffusevae.to_float(levels).double(), []
+    x0[levels == 0], x0[levels == 255] = -1, 1    # as float32 arithmetic has it
+    shift = double(2, 1, 1, 3) if shifted else 0
+
+    def net(x, t):    # nearly right, so that no bin's mass vanishes; off by a little in a wavy way
+        y, a = x - shift, d.alpha_bar[t].view(-1, 1, 1, 1)
+        eps = (y - a.sqrt() * x0) / (1 - a).sqrt() + 0.1 * torch.sin(3 * y)
+        calls.append((int(t[0]), y.numpy(), eps.numpy()))
+        return eps
+
+    seen = []
+    got = d.bits_per_dim(net, x0, shift, torch.Generator().manual_seed(2), seen.append)
+    expected = bound_by_hand(betas, x0.numpy(), calls)
+    assert sorted(seen) == sorted(t for t, *_ in calls) == list(range(T))
+    for name, value in expected.items():    # erf in the tails of a bin loses a few digits
+        np.testing.assert_allclose(got[name].numpy(), value, rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(got["total"].numpy(), sum(expected.values()), rtol=1e-6)
+    noises = np.concatenate([(y - (b := np.prod(1 - betas[:t + 1]))**0.5 * x0.numpy()) / (1 - b)**0.5
+                             for t, y, _ in calls]).ravel()
+    assert abs(noises.mean()) < 5 / len(noises)**0.5 and abs(noises.var() - 1) < 5 * (2 / len(noises))**0.5    # 5 SE
+
+
+def test_bits_per_dim_bounds_the_truth():
+    """For grey levels from a Gaussian the bound with the best eps exceeds their true -log2 p, and by little."""
+    d, g, n = GaussianDiffusion(1000), torch.Generator().manual_seed(4), 4000
+    truth, (m, sd) = D.Normal(0.1, 0.2), (0.1, 0.2)
+    x0 = diffusevae.to_float(diffusevae.to_uint8(m + sd * torch.randn(n, 1, generator=g))).double()
+    exact = -(truth.cdf(x0 + 1 / 255) - truth.cdf(x0 - 1 / 255)).log2().mean()
+    bound = d.bits_per_dim(gaussian_eps(d, m, sd**2), x0, generator=g)["total"]
+    se = bound.std() / n**0.5
+    # E bound >= E -log2 p; its looseness at 1000 steps, fitted by no one, is below a third of a bit
+    assert exact - 5 * se < bound.mean() < exact + 0.3
+
+
+def test_randn_with_a_list_does_not_depend_on_the_batch():
+    """Image i gets torch.randn of its own generator, whatever else is in its batch; shape and dtype are as asked."""
+    generators = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]
+    like = torch.empty(0, dtype=torch.float64)
+    batch = randn((3, 2, 2), like, generators(7, 8, 9))
+    for i, seed in enumerate((7, 8, 9)):
+        alone = torch.randn(2, 2, dtype=torch.float64, generator=generators(seed)[0])
+        assert torch.equal(batch[i], alone) and torch.equal(randn((1, 2, 2), like, generators(seed))[0], alone)
+    d, y = GaussianDiffusion(100, 1e-3, 0.2), double(3, 2, 2)
+    together = d.sample(wavy, y, 10, 1.0, generator=generators(1, 2, 3))
+    alone = torch.cat([d.sample(wavy, y[i:i + 1], 10, 1.0, generator=generators(i + 1)) for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", (1, 2, 10, 100, 1000))
+def test_timesteps_for_all_counts(T):
+    """Any n of T steps is n rising values of 0..T-1, by the formulas of the paper; all of them if n = T."""
+    for spacing in SPACINGS:
+        for n in range(1, T + 1):
+            kept = timesteps_for(T, n, spacing).tolist()
+            assert len(kept) == n and 0 <= kept[0] and kept[-1] < T and all(a < b for a, b in zip(kept, kept[1:]))
+            assert spacing != "trailing" and n > 1 or kept[-1] == T - 1
+    assert timesteps_for(T, 1).tolist() == [T - 1]
+
+
+@pytest.mark.parametrize("spacing, steps, expected", (
+    ("uniform", 10, list(range(0, 1000, 100))), ("quad", 10, [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]),
+    ("trailing", 10, list(range(99, 1000, 100))), ("trailing", 3, [332, 665, 999]),
+    ("uniform", 1, [999]), ("quad", 1, [999]), ("trailing", 1, [999])))
+def test_timesteps_for_known_lists(spacing, steps, expected):
+    """Lists of 1000 steps worked out from the papers' formulas."""
+    assert timesteps_for(1000, steps, spacing).tolist() == expected
+
+
+@pytest.mark.parametrize("words, call", (
+    ("steps", lambda: timesteps_for(10, 0)), ("steps", lambda: timesteps_for(10, -1)),
+    ("steps", lambda: timesteps_for(10, 11)), ("spacing", lambda: timesteps_for(10, 3, "even")),
+    ("0.60", lambda: GaussianDiffusion(100, 1e-4, 0.02)), ("betas", lambda: GaussianDiffusion(100, 0.0, 0.2)),
+    ("betas", lambda: GaussianDiffusion(100, 1e-3, 1.0)), ("schedule", lambda: GaussianDiffusion(schedule="sine")),
+    ("predict", lambda: GaussianDiffusion(predict="x0")),
+    *((word, lambda o=o: GaussianDiffusion(100, 1e-3, 0.2).sample(wavy, double(1, 1), **o)) for word, o in (
+        ("eta", dict(steps=5, eta=1.1)), ("eta", dict(steps=5, eta=-0.1)), ("eta", dict(steps=5, eta=math.nan)),
+        ("steps", dict(steps=101)), ("variance", dict(steps=50, eta=1.0, variance="large")),
+        ("variance", dict(steps=100, eta=0.5, variance="large")), ("variance", dict(steps=100, variance="huge"))))))
+def test_diffusion_refuses(words, call):
+    """What would sample wrongly is a ValueError that names the argument (0.60 is what the schedule leaves)."""
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+# --------------------------------------------------------------------------------------------------------
+# U-Net
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, channels, cond, options", (
+    (8, 3, 3, dict(width=4, mults=(1,), heads=1)), (8, 1, 1, dict(width=6, mults=(1, 2), heads=2, res_blocks=1)),
+    (12, 3, 0, dict(width=5, mults=(1, 2), heads=5)), (16, 3, 3, dict(width=7, mults=(2, 1, 3), heads=1, z_dim=4)),
+    (24, 2, 5, dict(width=4, mults=(1, 1, 2, 2), heads=4, res_blocks=3, attention=(12, 3)))))
+def test_unet_shapes_and_gradients(size, channels, cond, options):
+    """The output has x_t's shape and is zero at first; once no weight is zero, a loss reaches every one of them."""
+    net = UNet(size, channels, cond, **options)
+    x, x_hat, z = (torch.randn(2, n, size, size) if n else None for n in (channels, cond, 0))
+    z, t = torch.randn(2, options["z_dim"]) if "z_dim" in options else None, torch.tensor([3, 900])
+    out = net(x, t, x_hat, z)
+    assert out.shape == x.shape and (out == 0).all()
+    perturbed(net)(x, t, x_hat, z).square().mean().backward()
+    idle = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not idle
+
+
+def test_unet_sees_its_inputs():
+    """Another x_t, t, x_hat or z of one image changes the output of that image, and of no other."""
+    net, generator = perturbed(UNet(8, 3, 3, 8, (1, 2), heads=2, z_dim=4)).eval(), torch.Generator().manual_seed(1)
+    inputs = [torch.randn(2, 3, 8, 8), torch.tensor([10, 700]), torch.randn(2, 3, 8, 8), torch.randn(2, 4)]
+    with torch.no_grad():
+        before = net(*inputs)
+        for i, value in enumerate(inputs):
+            other = value.clone()
+            other[0] = 500 if i == 1 else torch.randn(value.shape[1:], generator=generator)
+            after = net(*inputs[:i], other, *inputs[i + 1:])
+            assert (after[0] - before[0]).abs().mean() > 1e-2, i    # outputs are of order 1
+            assert torch.allclose(after[1], before[1], atol=1e-5), i
+
+
+@pytest.mark.parametrize("size, mults, asked, expected", (
+    (32, (1, 1, 1), None, {16: 5, 8: 1}), (16, (1, 1), None, {16: 5, 8: 1}), (32, (1, 1), None, {16: 6}),
+    (24, (1, 1, 1), None, {6: 6}), (16, (1, 1, 1), (8,), {8: 5, 4: 1}), (16, (1, 1, 1), (16, 4), {16: 5, 4: 6}),
+    (16, (1, 1, 1), (), {4: 1})))
+def test_attention_is_where_it_is_asked_for(size, mults, asked, expected):
+    """Hooks count the maps that attend: 2 down and 3 up at each asked size, 1 in the middle; 16 or the smallest if unasked."""
+    net, seen = UNet(size, 1, 0, 4, mults, 2, asked, heads=1), collections.Counter()
+    for module in net.modules():
+        if isinstance(module, diffusevae.Attention):
+            module.register_forward_hook(lambda m, inputs, out: seen.update([inputs[0].shape[2]]))
+    net(torch.randn(1, 1, size, size), torch.tensor([5]))
+    assert seen == expected
+
+
+def test_attention_is_softmax_attention():
+    """One Attention is x + W softmax(q k / sqrt(d)) v of its normalised input, written out with einsum."""
+    layer, x = perturbed(diffusevae.Attention(8, 2), 0.5).double(), double(2, 8, 3, 4)
+    flat = F.group_norm(x, 2, layer.norm.weight, layer.norm.bias).flatten(2) if layer.norm.num_groups == 2 \
+        else layer.norm(x).flatten(2)
+    q, k, v = (torch.einsum("oc,bcn->bon", w[:, :, 0, 0], flat) + b[:, None]
+               for w, b in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)))
+    heads = []
+    for h in (slice(0, 4), slice(4, 8)):
+        weights = (torch.einsum("bcn,bcm->bnm", q[:, h], k[:, h]) / 4**0.5).softmax(2)
+        heads.append(torch.einsum("bnm,bcm->bcn", weights, v[:, h]))
+    out = torch.einsum("oc,bcn->bon", layer.out.weight[:, :, 0, 0], torch.cat(heads, 1)) + layer.out.bias[:, None]
+    assert torch.allclose(layer(x), x + out.view_as(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("words, size, options", (
+    ("multiple of 4", 18, dict(mults=(1, 2, 2))), ("multiple of 2", 9, dict(mults=(1, 1))),
+    ("attention at 5 never occurs", 8, dict(attention=(5,))), ("attention at 16", 8, dict(attention=(8, 16))),
+    ("heads", 8, dict(heads=3)), ("heads", 8, dict(mults=(1, 1), heads=4, width=6, attention=(8,)))))
+def test_unet_refuses(words, size, options):
+    """Sizes that do not halve, attention that never occurs and heads that do not divide are ValueErrors by name."""
+    with pytest.raises(ValueError, match=words):
+        UNet(size, **{**dict(width=8, mults=(1, 2), heads=2), **options})
+
+
+# --------------------------------------------------------------------------------------------------------
+# Mixture
+# --------------------------------------------------------------------------------------------------------
+
+MEANS = torch.tensor([[0.0, 0.0], [6.0, 1.0], [-5.0, 7.0]], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+CHOL = torch.tensor([[[1.0, 0], [0.5, 0.8]], [[0.4, 0], [-0.3, 1.2]], [[1.5, 0], [0, 0.5]]], dtype=torch.float64)
+
+
+def known_mixture():
+    """The mixture above as torch.distributions has it."""
+    return D.MixtureSameFamily(D.Categorical(WEIGHTS), D.MultivariateNormal(MEANS, scale_tril=CHOL))
+
+
+def test_mixture_recovers_a_known_one():
+    """EM on draws of three well separated Gaussians finds their weights, means and covariances."""
+    n = 20_000
+    found = GaussianMixture(3).fit(known_mixture().sample((n,)), generator=torch.Generator().manual_seed(0))
+    order = torch.cdist(MEANS, found.means).argmin(1)
+    assert sorted(order.tolist()) == [0, 1, 2]
+    truth, got = CHOL @ CHOL.mT, (found.chol @ found.chol.mT)[order]
+    variances = truth.diagonal(dim1=1, dim2=2)
+    count = (n * WEIGHTS)[:, None]
+    # 5 SE of each, as if every point's component were known: they are 6 standard deviations apart
+    assert ((found.weights[order] - WEIGHTS).abs() < 5 * (WEIGHTS * (1 - WEIGHTS) / n).sqrt()).all()
+    assert ((found.means[order] - MEANS).abs() < 5 * (variances / count).sqrt()).all()
+    se = ((variances[:, :, None] * variances[:, None] + truth**2) / count[:, :, None]).sqrt()
+    assert ((got - truth).abs() < 5 * se).all()
+
+
+def test_mixture_likelihood_never_falls():
+    """On overlapping clusters, with too many components, history rises, and ends at the mean of log_prob."""
+    z = torch.cat([double(300, 3), double(300, 3) * 0.5 + 1, double(5, 3) * 3])
+    mixture = GaussianMixture(8).fit(z, iterations=60, tolerance=0.0, generator=torch.Generator().manual_seed(1))
+    steps = np.diff(mixture.history)
+    assert len(steps) > 5 and steps[:-1].min() > -1e-6 and steps.min() > -1e-6    # slack: the covariances' floor
+    assert mixture.history[-1] == pytest.approx(mixture.log_prob(z).mean().item(), abs=1e-9)
+    assert mixture.weights.sum().item() == pytest.approx(1)
+
+
+def known_as_ours():
+    """The known mixture as a GaussianMixture."""
+    mixture = GaussianMixture(3)
+    mixture.weights, mixture.means, mixture.chol = WEIGHTS, MEANS, CHOL
+    return mixture
+
+
+def test_mixture_log_prob():
+    """log_prob is that of torch.distributions.MixtureSameFamily, far out too."""
+    z = double(500, 2) * 10
+    assert torch.allclose(known_as_ours().log_prob(z), known_mixture().log_prob(z), atol=1e-9)
+
+
+def test_mixture_samples():
+    """Draws have the mixture's moments and its components in random order; lists of generators as in randn."""
+    n = 40_000
+    z = known_as_ours().sample(n, torch.Generator().manual_seed(2))
+    mean = WEIGHTS @ MEANS
+    cov = (WEIGHTS[:, None, None] * (CHOL @ CHOL.mT + MEANS[:, :, None] * MEANS[:, None])).sum(0) - mean[:, None] * mean
+    assert ((z.mean(0) - mean).abs() < 5 * (cov.diagonal() / n).sqrt()).all()    # 5 SE
+    products = (z - mean)[:, :, None] * (z - mean)[:, None]
+    assert ((products.mean(0) - cov).abs() < 5 * products.std(0) / n**0.5).all()
+    k = torch.cdist(z, MEANS).argmin(1)    # the component, but for one point in thousands
+    same, p = (k[1:] == k[:-1]).double().mean(), (WEIGHTS**2).sum()
+    assert abs(same - p) < 8 * (p * (1 - p) / n)**0.5    # neighbours are alike by chance; 5 SE, and 3 for overlapping pairs
+    g = [torch.Generator().manual_seed(i) for i in range(4)]
+    together, alone = known_as_ours().sample(4, g), known_as_ours().sample(1, [torch.Generator().manual_seed(2)])
+    assert torch.allclose(together[2], alone[0])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("name, components", (("few", 3), ("one", 1), ("same", 4), ("constant", 3), ("as many", 6), ("far", 2)))
+def test_mixture_degenerate_data(name, components, dtype):
+    """Fewer points than dimensions, duplicates, constant dimensions and one component end finite, and can be drawn from."""
+    z = dict(few=double(5, 20), one=double(50, 3), same=torch.ones(30, 4, dtype=torch.float64), far=1e4 + double(60, 2),
+             constant=torch.cat([double(40, 2), torch.full((40, 1), 3.0)], 1)).get(name, double(6, 2)).to(dtype)
+    mixture = GaussianMixture(components).fit(z, generator=torch.Generator().manual_seed(0))
+    draws = mixture.sample(20, torch.Generator().manual_seed(1))
+    assert mixture.log_prob(z).isfinite().all() and draws.isfinite().all() and draws.dtype == dtype
+    if components == 1:    # the maximum-likelihood Gaussian
+        assert torch.allclose(mixture.means[0], z.mean(0), atol=1e-5)
+        assert torch.allclose(mixture.chol[0] @ mixture.chol[0].T, z.T.cov(correction=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("z", (torch.zeros(3, 2), torch.full((9, 2), math.nan)))
+def test_mixture_refuses(z):
+    """More components than points, and points that are not finite, are ValueErrors."""
+    with pytest.raises(ValueError, match="gmm_components 4"):
+        GaussianMixture(4).fit(z)
