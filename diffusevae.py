@@ -144,10 +144,11 @@ class Config:
 
 PRESETS = {
     # Six minutes on two CPU cores: small images, v and the cosine schedule (clean pictures soon), high rates.
-    "shapes": dict(image_size=16, z_dim=16, vae_width=16, kl_weight=0.5, vae_steps=3000, vae_batch=64,
+    "shapes": dict(image_size=16, z_dim=16, vae_width=16, kl_weight=0.5, vae_steps=6000, vae_batch=64,
                    vae_lr=2e-3, unet_width=32, unet_mults=(1, 2), res_blocks=1, attention=(), heads=1,
                    dropout=0.0, predict="v", schedule="cosine", ddpm_steps=3000, batch_size=16, lr=2e-3,
-                   warmup=100, ema=0.995, hflip=False, save_every=500, log_every=50, steps=10, gmm_components=10),
+                   warmup=100, ema=0.995, hflip=False, save_every=500, log_every=50, steps=10,
+                   gmm_components=10),
     # One night on one consumer GPU: the paper's U-Net, with attention really at 16x16, and a lean VAE.
     "cifar10": dict(dropout=0.3),
     "mnist": dict(z_dim=64, vae_width=32, unet_width=64, vae_steps=20_000, ddpm_steps=50_000, hflip=False),
@@ -842,9 +843,9 @@ def train(model, stage, images, run_dir=None, stop=lambda: False):
 
     Every `log_every` updates it yields a dict of LOG_COLUMNS; model.unet then holds the moving average (EMA),
     ready to sample. With `run_dir` it keeps a checkpoint and log.csv there and goes on from what it finds.
-    The randomness of a step follows from (seed, stage, step), so a run in pieces is a run in one. When `stop()`
-    is true after a step it saves and ends. Raises ValueError, leaving the last checkpoint, if a loss or a weight
-    is not finite.
+    The randomness of a step follows from (seed, stage, step), so a run in pieces is a run in one. When
+    `stop()` is true after a step it saves and ends. Raises ValueError, leaving the last checkpoint, if a loss
+    or a weight is not finite.
     """
     c, is_vae, device = model.config, stage == "vae", next(model.parameters()).device
     plan = (c.vae_steps, c.vae_batch, c.vae_lr) if is_vae else (c.ddpm_steps, c.batch_size, c.lr)
@@ -887,7 +888,7 @@ def train(model, stage, images, run_dir=None, stop=lambda: False):
             decay = min(c.ema, (1 + done) / (10 + done))
             torch._foreach_lerp_(averages, [p.detach() for p in params], 1 - decay)
         pending.append(torch.stack(terms).detach())    # on the device until logged: no step waits for it
-        done, stopping = done + 1, stop()
+        done, stopping = done + 1, bool(stop())    # once: a signal may come at any time
         logging, saving = (done % every == 0 or done == total for every in (c.log_every, c.save_every))
         if logging or saving or stopping:
             losses = torch.stack(pending)    # [steps since the last row, terms]
@@ -1048,6 +1049,8 @@ def draw_curves(run_dir):
             ax.plot([int(r["step"]) for r in rows_here], [float(r[name]) for r in rows_here], label=name)
         title = "VAE: nats an image" if stage == "vae" else "U-Net: mean squared error"
         ax.set(xlabel="step", yscale="log", title=title)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -1055,7 +1058,7 @@ def draw_curves(run_dir):
 
 def save_figure(fig, path):
     """Write a figure as a PNG and say so."""
-    save_atomic(path, partial(fig.savefig, format="png"))
+    save_atomic(path, partial(fig.savefig, format="png", bbox_inches="tight"))
     report(f"wrote {path}")
 
 
