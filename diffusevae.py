@@ -130,11 +130,13 @@ class Config:
     @classmethod
     def preset(cls, dataset="shapes", **options):
         """The defaults of a data set, scaled to a large `image_size`, with `options` put over them."""
-        size, scaled = options.get("image_size", 32), {}
+        size, preset = options.get("image_size", 32), {"steps": 50, **PRESETS.get(dataset, {})}
         if size >= 64:    # multipliers and rates of the paper's CelebA-64 and CelebA-HQ networks
-            scaled = dict(unet_mults=(1, 2, 2, 2, 4) if size < 256 else (1, 1, 2, 2, 4, 4), vae_batch=64,
-                        sample_batch=50, batch_size=32 if size < 128 else 8, lr=2e-4 if size < 128 else 2e-5)
-        return cls(dataset=dataset, **{**PRESETS.get(dataset, {}), **scaled, **options})
+            mults, big = (1, 2, 2, 2, 4) if size < 256 else (1, 1, 2, 2, 4, 4), size >= 128
+            preset |= dict(unet_mults=mults, vae_batch=64, batch_size=8 if big else 32, sample_batch=50,
+                           lr=2e-5 if big else 2e-4)
+        preset["steps"] = min(preset["steps"], options.get("timesteps", 1000))
+        return cls(dataset=dataset, **{**preset, **options})
 
     def group(self, *groups):
         """The options of these groups, as a dictionary."""
@@ -150,7 +152,7 @@ PRESETS = {
                    warmup=100, ema=0.995, hflip=False, save_every=500, log_every=50, steps=10,
                    gmm_components=10),
     # One night on one consumer GPU: the paper's U-Net, with attention really at 16x16, and a lean VAE.
-    "cifar10": dict(dropout=0.3),
+    "cifar10": dict(vae_steps=50_000, ddpm_steps=200_000),
     "mnist": dict(z_dim=64, vae_width=32, unet_width=64, vae_steps=20_000, ddpm_steps=50_000, hflip=False),
     "fashion_mnist": dict(z_dim=64, vae_width=32, unet_width=64, vae_steps=20_000, ddpm_steps=50_000),
 }
@@ -1017,21 +1019,14 @@ def append_log(run_dir, row):
 # 9 Pictures: labelled grids and the curves of the log
 # --------------------------------------------------------------------------------------------------------
 
-def tile(images, columns):
-    """[N, C, S, S] in [-1, 1] -> one picture uint8 [H, W, 3], row by row, with white lines between."""
-    x = F.pad(to_uint8(images).cpu().expand(-1, 3, -1, -1), (0, 1, 0, 1), value=255)    # [N, 3, S + 1, S + 1]
-    x = torch.cat([x, x.new_full((-len(x) % columns, *x.shape[1:]), 255)]).unflatten(0, (-1, columns))
-    return x.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)[:-1, :-1].numpy()
-
-
 def draw_panels(panels, columns):
     """Labelled grids side by side: (label, images [N, C, S, S]) pairs -> a matplotlib figure."""
     from matplotlib.figure import Figure
-    pictures = [tile(images, columns) for _, images in panels]
-    height = 3.2 * pictures[0].shape[0] / pictures[0].shape[1] + 0.4
-    fig = Figure(figsize=(3.2 * len(panels), height), dpi=150, layout="constrained")
-    for ax, picture, (label, _) in zip(fig.subplots(1, len(panels), squeeze=False)[0], pictures, panels):
-        ax.imshow(picture, interpolation="nearest")
+    from torchvision.utils import make_grid
+    fig = Figure(figsize=(3.2 * len(panels), 3.6), dpi=150, layout="constrained")
+    for ax, (label, images) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+        grid = make_grid(to_uint8(images).cpu(), nrow=columns, padding=1, pad_value=255)    # [3, H, W]
+        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
         ax.set_title(label, fontsize=11)
         ax.axis("off")
     return fig
@@ -1064,9 +1059,8 @@ def save_figure(fig, path):
 
 def save_png(image, path):
     """Write uint8 [C, S, S] as a PNG."""
-    from PIL import Image
-    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-    save_atomic(path, partial(Image.fromarray(pixels.numpy()).save, format="PNG"))
+    from torchvision.io import encode_png
+    save_atomic(path, lambda f: f.write(encode_png(image).numpy()))
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -828,7 +828,8 @@ def test_samples_do_not_depend_on_the_batch():
 @pytest.mark.parametrize("words", ("--formulation 2 --z-cond", "--formulation none --predict eps --spacing quad",
                                    "--prior gmm --gmm-components 3 --cond-noise 0.1", "--schedule geometric --eta 1",
                                    "--attention 8,4 --formulation 1 --no-hflip --lr-decay none --grad-clip 0",
-                                   "--timesteps 20 --steps 20 --eta 1 --variance large --image-size 10"))
+                                   "--timesteps 20 --steps 20 --eta 1 --variance large --image-size 10",
+                                   "--timesteps 5 --steps 5"))
 def test_options_work(words):
     """Unusual options, together, train and sample, and then sample again from the run folder alone."""
     given = [w[2:].replace("-", "_") for w in words.split() if w.startswith("--")]
