@@ -864,8 +864,7 @@ def train(model, stage, images, run_dir=None, stop=lambda: False):
         done, pending = state["step"], list(state["pending"].to(device))
     if run_dir:
         rewind_log(run_dir, stage, done)
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = c.precision == "bf16" or c.precision == "auto" and native
+    bf16 = in_bf16(c, device)
     objective = (lambda x: net.loss(x, c.kl_weight)) if is_vae else lambda x: (model.loss(x, net),)
     if c.compile == "on" or c.compile == "auto" and device.type == "cuda":
         objective = torch.compile(objective)
@@ -916,6 +915,12 @@ def train(model, stage, images, run_dir=None, stop=lambda: False):
             clock, counted = time.perf_counter(), done    # the caller's time is not the training's
         if stopping:
             return
+
+
+def in_bf16(config, device):
+    """Whether the networks run under bf16 autocast in training."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return config.precision == "bf16" or config.precision == "auto" and native
 
 
 def stream(seed, name, index):
@@ -1026,7 +1031,7 @@ def draw_panels(panels, columns):
     fig = Figure(figsize=(3.2 * len(panels), 3.6), dpi=150, layout="constrained")
     for ax, (label, images) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
         grid = make_grid(to_uint8(images).cpu(), nrow=columns, padding=1, pad_value=255)    # [3, H, W]
-        ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         ax.set_title(label, fontsize=11)
         ax.axis("off")
     return fig
@@ -1043,9 +1048,8 @@ def draw_curves(run_dir):
         for name in ("loss", "recon", "kl") if stage == "vae" else ("loss",):
             ax.plot([int(r["step"]) for r in rows_here], [float(r[name]) for r in rows_here], label=name)
         title = "VAE: nats an image" if stage == "vae" else "U-Net: mean squared error"
-        ax.set(xlabel="step", yscale="log", title=title)
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
+        top = 2.5 * np.median([float(r["loss"]) for r in rows_here])    # the first steps are off the chart
+        ax.set(xlabel="step", ylim=(0, top), title=title)
         ax.legend(frameon=False)
         ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -1059,8 +1063,9 @@ def save_figure(fig, path):
 
 def save_png(image, path):
     """Write uint8 [C, S, S] as a PNG."""
-    from torchvision.io import encode_png
-    save_atomic(path, lambda f: f.write(encode_png(image).numpy()))
+    from PIL import Image
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    save_atomic(path, partial(Image.fromarray(pixels.numpy()).save, format="PNG"))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1134,8 +1139,14 @@ def run(given):
         raise ValueError(f"--stage {c.stage} finds no VAE to train with --formulation none or --vae-from")
     if c.prior == "gmm" and c.gmm_components > len(images):
         raise ValueError(f"--gmm-components takes 1 to {len(images)}, the images, not {c.gmm_components}")
-    if plan[0][0] == "vae" and Path(run_dir, "ddpm.pt").exists() \
-            and load_checkpoint(run_dir, "vae", model)["step"] < c.vae_steps:
+    steps = {}
+    for stage in ("vae", "ddpm")[model.vae is None:]:    # refuse what does not fit before anything is written
+        if Path(run_dir, f"{stage}.pt").exists():
+            state = load_checkpoint(run_dir, stage, model)
+            steps[stage] = state["step"]
+            if stage == "vae":
+                model.vae.load_state_dict(state["model"])
+    if plan[0][0] == "vae" and "ddpm" in steps and steps.get("vae", 0) < c.vae_steps:
         raise ValueError(f"the U-Net in {run_dir} goes with this VAE: to train that on, move ddpm.pt away")
     text = json.dumps(dict(format=FORMAT, **c.group("model", "training")), indent=2) + "\n"
     save_atomic(run_dir / "config.json", lambda f: f.write(text.encode()))
@@ -1145,13 +1156,14 @@ def run(given):
     model.to(device, memory_format=torch.channels_last)
     if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:
         images = images.to(device)
-    report(f"{c.dataset}: {len(images)} images of {c.image_size}x{c.image_size}, formulation "
-           f"{c.formulation}, {device.type}, precision {c.precision}, run folder {run_dir}")
+    report(f"{c.dataset}: {len(images)} images, {c.image_size}x{c.image_size}, formulation {c.formulation}, "
+           f"{device.type} in {'bf16' if in_bf16(c, device) else 'fp32'}, run folder {run_dir}")
     for stage, network, cost, total, batch in plan:
-        if stage == "ddpm" and model.vae:
-            model.vae.load_state_dict(load_checkpoint(run_dir, "vae", model)["model"])
         size = sum(p.numel() for p in network.parameters()) / 1e6
         report(f"{stage}: {size:.2f} M parameters, {cost:.3f} GFLOP an image, {total} steps of {batch}")
+    for stage, _, cost, total, batch in plan:
+        if stage == "ddpm" and model.vae:
+            model.vae.load_state_dict(load_checkpoint(run_dir, "vae", model)["model"])
         caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
         try:
