@@ -977,8 +977,9 @@ def load_checkpoint(run_dir, stage, model):
         raise ValueError(f"there is no {path}: train with --stage {stage} first")
     try:
         with zipfile.ZipFile(path) as archive:    # torch.load alone ignores the archive's checksums
-            damaged = archive.testzip()
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         kind, options = (state["stage"], state["format"]), state["options"]
     except Exception as e:    # a damaged archive fails in many ways
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): move it away") from None

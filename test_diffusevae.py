@@ -374,7 +374,7 @@ def test_bits_per_dim(shifted):
 
 
 def test_bits_per_dim_bounds_the_truth():
-    """For grey levels from a Gaussian the bound with the best eps exceeds their true -log2 p, and by little."""
+    """For grey levels from a Gaussian the bound with the best eps exceeds their true -log2 p, within a bit."""
     d, g, n = GaussianDiffusion(1000), torch.Generator().manual_seed(4), 4000
     truth, (m, sd) = D.Normal(0.1, 0.2), (0.1, 0.2)
     x0 = diffusevae.to_float(diffusevae.to_uint8(m + sd * torch.randn(n, 1, generator=g))).double()
@@ -1008,3 +1008,715 @@ def test_import_has_no_side_effects():
     env = {**os.environ, "PYTHONPATH": str(Path(diffusevae.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout == "[]\n" and not done.stderr and not os.listdir()
+
+
+# --------------------------------------------------------------------------------------------------------
+# DiffuseVAE and training
+# --------------------------------------------------------------------------------------------------------
+
+
+def tiny(**options):
+    """A Config whose networks train in milliseconds a step."""
+    return Config(**{**TINY, "dropout": 0.0, "warmup": 0, "hflip": False, **options})
+
+
+def four_images(size=8, n=4):
+    """A batch of coloured noise, uint8, which only memory can bring back."""
+    return torch.randint(256, (n, 3, size, size), dtype=torch.uint8)
+
+
+def test_vae_overfits_one_batch():
+    """The VAE learns four images of noise by heart: its error falls to a tenth of that of their mean."""
+    model, images = DiffuseVAE(tiny(vae_steps=400, vae_width=16, z_dim=8, vae_lr=3e-3, kl_weight=1e-3)), four_images()
+    rows = list(diffusevae.train(model, "vae", images))
+    x = images.double() / 255
+    of_mean = (x - x.mean(0)).square().sum((1, 2, 3)).mean().item()    # the best that any decoder does without z
+    assert rows[-1]["recon"] < 0.1 * of_mean < rows[0]["recon"]
+
+
+def test_unet_overfits_one_batch():
+    """The U-Net learns four images: far better than the best linear guess of eps, pixel by pixel."""
+    model = DiffuseVAE(tiny(ddpm_steps=400, batch_size=16, unet_width=16, lr=4e-3, formulation="none"))
+    images = four_images()
+    rows = list(diffusevae.train(model, "ddpm", images))
+    a, c = model.diffusion.alpha_bar[:-1], diffusevae.to_float(images).var().item()
+    linear = (a * c / (a * c + 1 - a)).mean().item()    # of a Gaussian's eps, what x_t leaves unknown
+    first = rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.5 * linear < first and first < 1.1    # 1 is the loss of the zero it starts from
+
+
+@pytest.mark.parametrize("predict", ("eps", "v"))
+def test_ddpm_loss(predict):
+    """The loss is the squared error at x_t = sqrt(a) x_0 + sqrt(1 - a) eps (+ x_hat): eps solved for from what the net saw."""
+    x, losses = torch.rand(64, 3, 8, 8) * 2 - 1, {}
+    for formulation in ("1", "2"):
+        torch.manual_seed(1)
+        model, seen = DiffuseVAE(tiny(formulation=formulation, z_cond=True, predict=predict)), []
+        perturbed(model.vae)
+
+        def net(x_t, t, x_hat, z):
+            y = x_t - x_hat if formulation == "2" else x_t
+            seen.append((y.double(), t, x_hat, z))
+            return wavy(y, t)
+
+        torch.manual_seed(2)
+        losses[formulation] = model.loss(x, net).item()
+        y, t, x_hat, z = seen[0]
+        a = model.diffusion.alpha_bar[t].view(-1, 1, 1, 1)
+        eps = (y - a.sqrt() * x) / (1 - a).sqrt()
+        target = eps if predict == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x
+        # float32 x_t over sqrt(1 - a_0) = 0.01 leaves eps four digits at the first timestep
+        assert losses[formulation] == pytest.approx((wavy(y, t) - target).square().mean().item(), rel=1e-4)
+        assert abs(eps.mean()) < 5 / eps.numel()**0.5 and abs(eps.var() - 1) < 5 * (2 / eps.numel())**0.5    # 5 SE
+        assert torch.equal(x_hat, model.vae.decode(z))
+        assert sorted((64 * t // 1000).tolist()) == list(range(64))    # one timestep in each 64th of 0..999
+        mu, logvar = model.vae.encode(x)
+        e = (z - mu) / (logvar / 2).exp()
+        assert abs(e.mean()) < 5 / e.numel()**0.5 and abs(e.var() - 1) < 5 * (2 / e.numel())**0.5    # z ~ q(z|x)
+        model.loss(x, net)
+        assert not torch.equal(seen[1][3], z)    # drawn afresh
+    assert losses["1"] == pytest.approx(losses["2"], rel=1e-5)
+
+
+@pytest.mark.parametrize("formulation", ("1", "2"))
+def test_decode_and_invert(formulation):
+    """DiffuseVAE hands the U-Net x_hat = decode(z) at every step, and invert's x_T leads back to the image."""
+    torch.manual_seed(3)
+    model, seen = DiffuseVAE(tiny(formulation=formulation, schedule="cosine", z_cond=True)).eval(), []
+    perturbed(model.vae)
+    perturbed(model.unet, 0.05)
+    model.unet.register_forward_hook(lambda m, inputs, out: seen.append(inputs))
+    z, x_T = torch.randn(3, 2), torch.randn(3, 3, 8, 8)
+    images, x_hat = model.decode(z, x_T, steps=5), model.vae.decode(z)
+    assert len(seen) == 5 and images.abs().max() <= 1
+    assert all(torch.equal(inputs[2], x_hat) and torch.equal(inputs[3], z) for inputs in seen)
+    assert torch.allclose(seen[0][0], x_T + x_hat if formulation == "2" else x_T)    # x_T ~ N(x_hat, I), or N(0, I)
+    x = 0.5 * torch.rand(3, 3, 8, 8) - 0.25    # in the middle, so that no predicted x_0 is clipped
+    code, noise = model.invert(x, steps=100)
+    assert torch.equal(code, model.vae.encode(x)[0])
+    with torch.no_grad():
+        back = model.diffusion.sample(model.denoiser(model.vae.decode(code), code), noise, 100,
+                                      shift=model.shift(model.vae.decode(code)), clip=False)
+    assert (back - x).abs().max() < 0.02    # some 1e-4 of x_0's size, grown by a network that was never trained
+
+
+def test_options_of_one_call_are_checked():
+    """Keywords override the sampling options of the config for one call, and raise its errors."""
+    model = DiffuseVAE(tiny()).eval()
+    assert model.sample(3, steps=1, eta=1.0).shape == (3, 3, 8, 8) and model.config.steps == 2
+    for options in (dict(steps=0), dict(eta=2.0), dict(spacing="even"), dict(variance="large")):
+        with pytest.raises(ValueError, match="--" + next(iter(options))):
+            model.sample(3, **options)
+    z = model.latents(1000, torch.Generator().manual_seed(0))
+    assert z.shape == (1000, 2) and abs(z.mean()) < 5 / 2000**0.5 and abs(z.var() - 1) < 5 * (2 / 2000)**0.5    # 5 SE
+    assert (model.decode(z[:2], torch.zeros(2, 3, 8, 8), temperature=3.0) ==
+            model.decode(z[:2], torch.zeros(2, 3, 8, 8))).all()    # of the noise it draws, not of a given x_T
+
+
+def saved(path):
+    """A checkpoint as a flat dictionary of its tensors and values."""
+    flat = {}
+
+    def walk(name, value):
+        if isinstance(value, (dict, list, tuple)):
+            for k, v in value.items() if isinstance(value, dict) else enumerate(value):
+                walk(f"{name}/{k}", v)
+        else:
+            flat[name] = value
+    walk("", torch.load(path, weights_only=True))
+    return flat
+
+
+def log_of(run_dir):
+    """The rows of log.csv."""
+    return list(csv.DictReader(Path(run_dir, "log.csv").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("ending", ("stopped", "killed", "stopped twice"))
+@pytest.mark.parametrize("stage", ("vae", "ddpm"))
+def test_resume_is_bit_for_bit(stage, ending):
+    """A run in pieces leaves the same weights, average, optimizer and log as a run in one, bit for bit."""
+    config, images = tiny(vae_steps=11, ddpm_steps=11, log_every=3, save_every=2, dropout=0.3, hflip=True, warmup=3), \
+        four_images(n=9)
+
+    def run(folder, stop=lambda: False, rows=99):
+        torch.manual_seed(7)
+        training = diffusevae.train(DiffuseVAE(config), stage, images, folder, stop)
+        for _, _ in zip(range(rows), training):
+            pass
+        training.close()
+
+    def after(n):
+        calls = iter(range(1, 99))
+        return lambda: next(calls) == n
+
+    run("whole")
+    if ending == "killed":
+        run("pieces", rows=3)    # ends at the row of step 9, with a checkpoint of step 8
+        assert saved(f"pieces/{stage}.pt")["/step"] == 8 and log_of("pieces")[-1]["step"] == "9"
+    else:
+        run("pieces", after(4))
+        assert saved(f"pieces/{stage}.pt")["/step"] == 4
+    if ending == "stopped twice":
+        run("pieces", after(1))
+        assert saved(f"pieces/{stage}.pt")["/step"] == 5
+    run("pieces")
+    one, two = (saved(f"{folder}/{stage}.pt") for folder in ("whole", "pieces"))
+    assert one.keys() == two.keys() and len(one) > 40
+    assert [k for k in one if not (torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k])] == []
+    assert any("ema" in k for k in one) == (stage == "ddpm") and any("exp_avg_sq" in k for k in one)
+    rows = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in log_of(f)] for f in ("whole", "pieces")]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == ["3", "6", "9", "11"]
+
+
+def test_ema():
+    """The moving average in the checkpoints follows decay = min(ema, (1 + n) / (10 + n)), worked out from the weights."""
+    torch.manual_seed(7)
+    model = DiffuseVAE(tiny(ddpm_steps=25, log_every=1, save_every=1, ema=0.6, lr=0.01))
+    average = copy.deepcopy(model.unet.state_dict())
+    for n, _ in enumerate(diffusevae.train(model, "ddpm", four_images(), "run")):
+        state = torch.load("run/ddpm.pt", weights_only=True)
+        decay = min(0.6, (1 + n) / (10 + n))
+        average = {k: decay * v + (1 - decay) * state["model"][k] for k, v in average.items()}
+        for k, v in average.items():    # float32, and the same few sums
+            assert torch.allclose(state["ema"][k], v, atol=1e-6) and torch.equal(model.unet.state_dict()[k], state["ema"][k])
+    assert not torch.allclose(state["ema"]["first.weight"], state["model"]["first.weight"], atol=1e-4)
+
+
+@pytest.mark.parametrize("decay", ("none", "cosine"))
+@pytest.mark.parametrize("stage, peak", (("vae", 0.01), ("ddpm", 0.02)))
+def test_learning_rate(stage, peak, decay):
+    """The logged rate rises linearly over a tenth, stays or falls as a cosine, and is what Adam's first step moves by."""
+    n, w = 40, 4
+    model = DiffuseVAE(tiny(vae_steps=n, ddpm_steps=n, log_every=1, vae_lr=0.01, lr=0.02, lr_decay=decay, warmup=1000,
+                            save_every=1, ema=0.0))
+    net = model.vae if stage == "vae" else model.unet
+    before, rates = [p.detach().clone() for p in net.parameters()], []
+    for row in diffusevae.train(model, stage, four_images()):
+        if not rates:    # Adam's first step is lr * g / (|g| + 1e-8); ema 0 makes the average the weights
+            moved = max((p - q).abs().max().item() for p, q in zip(net.parameters(), before))
+            assert moved == pytest.approx(row["lr"], rel=1e-3)
+        rates.append(row["lr"])
+    rise = np.minimum(1, np.arange(1, n + 1) / (w + 1))
+    fall = 0.5 * (1 + np.cos(np.pi * np.maximum(0, np.arange(n) - w) / (n - w))) if decay == "cosine" else 1
+    np.testing.assert_allclose(rates, peak * rise * fall, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("stage", ("vae", "ddpm"))
+def test_training_on_cuda(stage):
+    """A tiny training on the GPU, in the precision that auto takes there, has finite losses and the right start."""
+    config = tiny(vae_steps=6, ddpm_steps=6, log_every=1, compile="off", unet_width=16, device="cuda")
+    model = DiffuseVAE(config).to("cuda", memory_format=torch.channels_last)
+    rows = list(diffusevae.train(model, stage, four_images().cuda(), "run"))
+    assert all(math.isfinite(row["loss"]) for row in rows) and len(rows) == 6
+    assert stage == "vae" or rows[0]["loss"] == pytest.approx(1, abs=5 * (2 / 768)**0.5)    # eps^2, for zero at first
+
+
+# --------------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_converters():
+    """All 256 levels go to [-1, 1] and come back; what lies outside is clipped, what lies between rounded."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = diffusevae.to_float(levels)
+    assert (x.min(), x.max()) == (-1, 1) and torch.equal(diffusevae.to_uint8(x), levels)
+    np.testing.assert_allclose(x.numpy(), np.arange(256) / 127.5 - 1, atol=1e-6)
+    assert diffusevae.to_uint8(torch.tensor([-9.0, 9.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
+
+
+def test_shapes():
+    """Pictures follow from the seed, differ from each other and between the splits, and have all three labels."""
+    (train, labels), (test, others) = (diffusevae.load_images("shapes", "", 16, split) for split in ("train", "test"))
+    assert train.dtype == torch.uint8 and train.shape[1:] == test.shape[1:] == (3, 16, 16)
+    assert len(train) == len(labels) and len(test) == len(others) and set(labels.tolist()) == {0, 1, 2}
+    pictures = {x.numpy().tobytes() for x in torch.cat([train, test])}
+    assert len(pictures) == len(train) + len(test)
+    again = diffusevae.draw_shapes(20, 16, 1), diffusevae.draw_shapes(20, 16, 1), diffusevae.draw_shapes(20, 16, 2)
+    assert torch.equal(again[0][0], again[1][0]) and torch.equal(again[0][1], again[1][1])
+    assert not torch.equal(again[0][0], again[2][0])
+    assert train.min() < 60 and train.max() == 255    # a dark ground, a white outline
+
+
+@pytest.mark.parametrize("size, n", ((32, 3), (16, 3)))
+@pytest.mark.parametrize("name", ("mnist", "fashion_mnist", "cifar10"))
+def test_torchvision_data(name, size, n, monkeypatch):
+    """Torchvision's arrays become [N, C, S, S]: digits padded by two pixels, colours moved to the front, resized if asked."""
+    import torchvision.datasets
+    grey, raw = name != "cifar10", np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+    raw = raw if grey else np.tile(np.arange(0, 96, 3, dtype=np.uint8)[:, None, None], (n, 1, 32, 3)) + np.arange(3, dtype=np.uint8)
+
+    class Fake:
+        def __init__(self, root, train, download):
+            assert root == "there" and download
+            self.data, self.targets = (torch.from_numpy(raw), torch.arange(n)) if grey else (raw, list(range(n)))
+            self.data = self.data if train else self.data[:1]
+
+    monkeypatch.setattr(torchvision.datasets, dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")[name], Fake)
+    images, labels = diffusevae.load_images(name, "there", size, "train")
+    assert images.dtype == torch.uint8 and images.shape == (n, 1 if grey else 3, size, size)
+    assert labels.tolist() == list(range(n)) and len(diffusevae.load_images(name, "there", size, "test")[0]) == 1
+    if size == 32:
+        inner = images[:, 0, 2:30, 2:30].numpy() if grey else images.permute(0, 2, 3, 1).numpy()
+        assert (inner == raw).all() and (not grey or images.sum() == raw.astype(int).sum())
+    elif not grey:    # the middle of a ramp halves into the means of its neighbours
+        np.testing.assert_allclose(images[0, 0, 4:12, 8], np.arange(0, 96, 3).reshape(16, 2).mean(1)[4:12], atol=1)
+
+
+def photos(folder):
+    """Write one image of each kind -> {name: expected middle colour of the 8x8 result, top and bottom}, and the bad names."""
+    folder = Path(folder)
+    (folder / "deep" / "er").mkdir(parents=True)
+    red, blue, white = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+    two = Image.new("RGB", (32, 16), red)    # left red, right blue
+    two.paste(blue, (16, 0, 32, 16))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6    # the stored left is the top as seen
+    two.save(folder / "a-exif.jpg", exif=rotated, quality=95, subsampling=0)
+    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(folder / "b-cmyk.jpg", quality=95)
+    Image.fromarray(np.full((20, 20), 90, np.uint8)).save(folder / "c-grey.png")
+    Image.fromarray(np.full((20, 20), 32896, np.uint16)).save(folder / "d-16-bit.png")
+    palette = Image.new("P", (20, 20), 1)
+    palette.putpalette([9, 9, 9, 10, 200, 30])
+    palette.save(folder / "deep" / "e-palette.png")
+    Image.new("RGB", (1, 1), (1, 2, 3)).save(folder / "deep" / "er" / "f-dot.png")
+    wide = Image.new("RGB", (60, 20), red)    # only the middle third stays
+    wide.paste(blue, (20, 0, 40, 20))
+    wide.save(folder / "g-wide.bmp")
+    Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(folder / "h-transparent.png")
+    Image.new("RGBA", (20, 20), (0, 0, 255, 255)).save(folder / "i-opaque.PNG")
+    palette.save(folder / "j-see-through.png", transparency=1)
+    good = [(red, blue), red, 3 * (90,), 3 * (128,), (10, 200, 30), (1, 2, 3), blue, white, blue, white]
+    names = sorted(p for p in folder.rglob("*") if p.is_file())
+    expected = dict(zip(("abcdefghij"), good))
+    (folder / "notes.txt").write_text("no image")
+    whole = (folder / "c-grey.png").read_bytes()
+    (folder / "deep" / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "empty.jpg").touch()
+    return [expected[p.name[0]] for p in names], ("notes.txt", "cut.png", "empty.jpg")
+
+
+def test_folder_of_all_kinds(tmp_path, capsys):
+    """Any mode and depth is read, upright, over white, cropped to its middle; what is no image is counted and named."""
+    expected, bad = photos("photos")
+    images = diffusevae.load_folder("photos", 8, "cache")
+    assert images.shape == (len(expected), 3, 8, 8) and images.dtype == torch.uint8
+    for image, colours in zip(images.permute(0, 2, 3, 1).numpy().astype(int), expected):
+        top, bottom = colours if isinstance(colours[0], tuple) else (colours, colours)
+        for row, colour in ((0, top), (7, bottom)):    # JPEG costs a few grey levels
+            assert np.abs(image[row, 1:7] - colour).max() <= 4, (image[row], colour)
+    told = capsys.readouterr().out
+    assert "skipped 3 of 13 files" in told and all(name in told for name in bad)
+    assert torch.equal(diffusevae.load_folder("photos", 8, "cache"), images) and capsys.readouterr().out == ""    # cached
+    Path("photos/notes.txt").unlink()
+    Image.new("RGB", (9, 9), "white").save("photos/z.png")
+    assert len(diffusevae.load_folder("photos", 8, "cache")) == len(expected) + 1    # a changed folder is read again
+
+
+def test_folder_splits():
+    """5 % of a folder, at least one image, are held out, the same ones every time."""
+    Path("photos").mkdir()
+    for i in range(30):
+        Image.new("RGB", (8, 8), (8 * i, 0, 0)).save(f"photos/{i}.png")
+    train, test = ({x[0, 0, 0].item() // 8 for x in diffusevae.load_images("folder", "photos", 8, s)[0]} for s in ("train", "test"))
+    assert len(test) == 2 and train | test == set(range(30)) and not train & test
+
+
+# --------------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------------
+
+
+def command(*words, **options):
+    """Run the command line with tiny networks -> exit code."""
+    given = [*words, *(str(v) for k, value in options.items() for v in (diffusevae.flag(k), value))]
+    return diffusevae.main([*given, *(() if "--device" in words else ("--device", "cpu"))])
+
+
+NETWORKS = [w for k, v in TINY.items() if k != "device"
+            for w in (diffusevae.flag(k), ",".join(map(str, v)) if isinstance(v, tuple) else str(v))]
+
+
+def tree(folder="."):
+    """Everything below a folder: {path: content}."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob("*"))}
+
+
+def pngs(folder):
+    """The pictures of a folder: int [N, ...]."""
+    return np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted(Path(folder).glob("*.png"))])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run, made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("finished"))
+        draw = diffusevae.draw_shapes
+        patch.setattr(diffusevae, "draw_shapes", lambda n, size, seed: draw(n // 500, size, seed))
+        assert command(*NETWORKS, run_dir="run", log_every=2) == 0
+        return Path("run").resolve()
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    """A copy of the finished run, as the folder `run` of this test."""
+    shutil.copytree(finished, "run")
+    return tmp_path / "run"
+
+
+def test_command_line_end_to_end(run_dir):
+    """One command leaves options, both checkpoints, the log, its curves and the samples."""
+    assert {p.name for p in run_dir.iterdir()} == {"config.json", "vae.pt", "ddpm.pt", "log.csv", "curves.png", "samples.png"}
+    assert json.loads((run_dir / "config.json").read_text())["unet_mults"] == [1, 2]
+    rows = log_of(run_dir)
+    assert [(r["stage"], r["step"]) for r in rows] == [("vae", "2"), ("vae", "4"), ("ddpm", "2"), ("ddpm", "4")]
+    for row in rows:
+        assert all(math.isfinite(float(row[k])) for k in ("loss", "lr", "images_per_s"))
+        if row["stage"] == "vae":
+            assert float(row["loss"]) == pytest.approx(float(row["recon"]) + float(row["kl"]), rel=1e-4)
+    for name in ("curves", "samples"):
+        assert np.asarray(Image.open(run_dir / f"{name}.png").convert("L")).std() > 5    # something is on it
+
+
+def test_same_command_does_not_train_again(run_dir, capsys):
+    """A second run leaves checkpoints and log alone, and more --ddpm-steps take only the missing steps."""
+    stamp = lambda: [(run_dir / name).stat().st_mtime_ns for name in ("vae.pt", "ddpm.pt")]
+    before, files = stamp(), tree(run_dir)
+    assert command(*NETWORKS, run_dir="run", log_every=2) == 0
+    assert stamp() == before and tree(run_dir).keys() == files.keys()
+    assert (run_dir / "log.csv").read_bytes() == files[str(run_dir / "log.csv")]
+    assert command(run_dir="run", ddpm_steps=7) == 0
+    assert stamp()[0] == before[0] and saved(run_dir / "ddpm.pt")["/step"] == 7
+    assert [r["step"] for r in log_of(run_dir) if r["stage"] == "ddpm"] == ["2", "4", "6", "7"]
+    assert json.loads((run_dir / "config.json").read_text())["ddpm_steps"] == 7
+
+
+@pytest.mark.parametrize("options", (("--formulation", "2", "--z-cond", "--predict", "v", "--schedule", "cosine"),
+                                     ("--formulation", "none", "--eta", "1", "--spacing", "quad"),
+                                     ("--eta", "1", "--variance", "large", "--timesteps", "20", "--steps", "20"),
+                                     ("--schedule", "geometric", "--lr-decay", "none", "--precision", "bf16", "--no-hflip"),
+                                     ("--cond-noise", "0.5", "--temperature", "0.8", "--spacing", "uniform")))
+def test_variants_end_to_end(options):
+    """Each formulation, schedule and sampler trains, samples, and can be loaded from another project."""
+    assert command(*NETWORKS, *options, "--save-images", run_dir="run") == 0
+    assert pngs("run/samples").shape == (4, 8, 8, 3)
+    assert Path("run/vae.pt").exists() == Path("run/vae_samples").exists() == ("none" not in options)
+    model = DiffuseVAE.load("run", "cpu")
+    assert model.sample(2, steps=3).shape == (2, 3, 8, 8) and not model.training
+    assert [p.requires_grad for p in model.parameters()].count(True) == 0
+    average = torch.load("run/ddpm.pt", weights_only=True)["ema"]
+    assert all(torch.equal(v, average[k]) for k, v in model.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ("mnist", "cifar10"))
+def test_real_data_sets_end_to_end(name, monkeypatch):
+    """Grey and coloured data sets of torchvision go through both stages and come out as PNGs of their mode."""
+    import torchvision.datasets
+    data = np.random.default_rng(1).integers(0, 256, (20, 28, 28) if name == "mnist" else (20, 32, 32, 3), dtype=np.uint8)
+    fake = lambda root, train, download: type("Data", (), dict(data=torch.from_numpy(data), targets=[0] * 20))
+    monkeypatch.setattr(torchvision.datasets, dict(mnist="MNIST", cifar10="CIFAR10")[name], fake)
+    assert command(*NETWORKS, "--save-images", dataset=name) == 0
+    assert pngs(f"runs/{name}/samples").shape == ((4, 8, 8) if name == "mnist" else (4, 8, 8, 3))
+
+
+def test_folder_end_to_end():
+    """A folder of photos is trained on, and sampled without them."""
+    photos("photos")
+    assert command(*NETWORKS, dataset="folder", data_dir="photos", run_dir="run") == 0
+    shutil.rmtree("photos")
+    Path("run/samples.png").unlink()
+    assert command("--stage", "sample", run_dir="run") == 0 and Path("run/samples.png").exists()
+
+
+@pytest.mark.parametrize("eta", (0, 1))
+def test_samples_do_not_depend_on_the_batch(run_dir, eta):
+    """PNG i follows from the seed and i: another --sample-batch or number of samples gives it within one grey level."""
+    shutil.copytree("run", "other")
+    common = ("--stage", "sample", "--save-images", "--eta", str(eta), "--steps", "5")
+    assert command(*common, run_dir="run", num_samples=7, sample_batch=7) == 0
+    assert command(*common, run_dir="other", num_samples=5, sample_batch=2) == 0
+    for folder in ("samples", "vae_samples"):
+        one, two = pngs(f"run/{folder}"), pngs(f"other/{folder}")
+        assert len(one) == 7 and len(two) == 5 and np.abs(one[:5] - two).max() <= 1
+    one = pngs("run/samples").reshape(7, -1)
+    assert np.abs(one[:, None] - one).mean(2)[~np.eye(7, dtype=bool)].min() > 5    # no noise is used twice
+
+
+def test_interrupted_sampling_goes_on(run_dir, monkeypatch):
+    """Ctrl-C while PNGs are written, then missing ones: the same command brings all of them, and redoes no more than 64."""
+    common, save = ("--stage", "sample", "--save-images", "--num-samples", "72", "--sample-batch", "4"), diffusevae.save_png
+
+    def interrupt(image, path):
+        if path.name == "000069.png":
+            raise KeyboardInterrupt
+        save(image, path)
+
+    monkeypatch.setattr(diffusevae, "save_png", interrupt)
+    assert command(*common, run_dir="run") == 130
+    monkeypatch.setattr(diffusevae, "save_png", save)
+    assert not Path("run/samples/000071.png").exists() and not list(Path("run").rglob("*.tmp"))
+    assert command(*common, run_dir="run") == 0
+    whole = tree("run/samples")
+    assert len(whole) == 73
+    stamps = {i: Path(f"run/samples/{i:06}.png").stat().st_mtime_ns for i in range(64, 72)}
+    for i in (3, 70):
+        Path(f"run/samples/{i:06}.png").unlink()
+    assert command(*common, run_dir="run") == 0
+    assert tree("run/samples") == whole
+    assert all(Path(f"run/samples/{i:06}.png").stat().st_mtime_ns == stamps[i] for i in range(64, 68))
+
+
+def test_prior_gmm(run_dir):
+    """--prior gmm fits a mixture to q(z|x) of the training images, keeps it in gmm.pt, and draws other samples from it."""
+    common = ("--stage", "sample", "--save-images", "--prior")
+    assert command(*common, "normal", run_dir="run") == 0
+    normal = pngs("run/vae_samples")
+    for folder in ("samples", "vae_samples"):
+        shutil.rmtree(f"run/{folder}")
+    assert command(*common, "gmm", "--gmm-components", "2", run_dir="run") == 0
+    assert not np.array_equal(pngs("run/vae_samples"), normal)
+    first, stamp = tree("run/samples"), Path("run/gmm.pt").stat().st_mtime_ns
+    assert command(*common, "gmm", "--gmm-components", "2", run_dir="run") == 0
+    assert tree("run/samples") == first and Path("run/gmm.pt").stat().st_mtime_ns == stamp
+    model = DiffuseVAE.load("run", "cpu")
+    images = diffusevae.draw_shapes(2000, 8, 1)[0]
+    model.fit_mixture(images, 1)
+    with torch.no_grad():
+        mu, logvar = (v.double() for v in model.vae.encode(diffusevae.to_float(images)))
+    cov = mu.T.cov(correction=0) + logvar.exp().mean(0).diag()    # of the aggregate posterior
+    assert ((model.mixture.means[0] - mu.mean(0)).abs() < 5 * (cov.diagonal() / 2000)**0.5).all()    # 5 SE
+    assert torch.allclose(model.mixture.chol[0] @ model.mixture.chol[0].T, cov, atol=5 * 2**0.5 * cov.max() / 2000**0.5)
+    assert command("--stage", "sample", "--prior", "gmm", "--gmm-components", "3", run_dir="run") == 0
+    assert Path("run/gmm.pt").stat().st_mtime_ns != stamp and len(torch.load("run/gmm.pt")["mixture"]["weights"]) == 3
+
+
+def test_vae_from(run_dir):
+    """--vae-from takes another run's VAE as it is, and trains only a U-Net."""
+    words = [w for w in NETWORKS]
+    assert command(*words, "--formulation", "2", run_dir="second", vae_from="run") == 0
+    assert Path("second/vae.pt").read_bytes() == Path("run/vae.pt").read_bytes()
+    assert {row["stage"] for row in log_of("second")} == {"ddpm"}
+    assert command("--stage", "sample", run_dir="second") == 0
+
+
+def test_stages_one_by_one(finished):
+    """--stage vae, then ddpm, then sample leave the checkpoints of --stage all."""
+    for stage in ("vae", "ddpm"):
+        assert command(*NETWORKS, run_dir="run", stage=stage, log_every=2) == 0
+    for name in ("vae.pt", "ddpm.pt"):
+        one, two = saved(f"run/{name}"), saved(finished / name)
+        assert all(torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k] for k in two)
+    assert not Path("run/samples.png").exists()
+    assert command("--stage", "sample", run_dir="run") == 0 and Path("run/samples.png").exists()
+
+
+# --------------------------------------------------------------------------------------------------------
+# What is refused
+# --------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, before, code, *words):
+    """The run ended with exit code 2 and one sentence with these words, and left every file as it was."""
+    out, err = capsys.readouterr()
+    assert code == 2 and err.startswith("diffusevae: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert all(word in err for word in words) and "Traceback" not in out + err, err
+    assert {k: v for k, v in tree().items() if before.get(k, b"new") != v} == {} and tree().keys() == before.keys()
+
+
+def image_folder(*contents):
+    """A folder `photos` of these files."""
+    Path("photos").mkdir()
+    for i, content in enumerate(contents):
+        Path(f"photos/{i}.png").write_bytes(content)
+
+
+@pytest.mark.parametrize("words, options, prepare", (
+    ("--dataset takes shapes, mnist", "--dataset flowers", None),
+    ("there is no folder nowhere", "--dataset folder --data-dir nowhere", None),
+    ("holds 0 usable images", "--dataset folder --data-dir photos", image_folder),
+    ("holds 0 usable images", "--dataset folder --data-dir photos", lambda: image_folder(b"text", b"")),
+    ("image_size 9 cannot be halved", "--image-size 9", None), ("--image-size", "--image-size 0", None),
+    ("attention at 5 never occurs", "--attention 5", None), ("heads", "--heads 3", None),
+    ("--steps takes numbers from 1", "--steps 0", None), ("--steps", "--steps -1", None),
+    ("--steps takes numbers from 1 to 1000", "--steps 1001", None), ("--steps", "--steps many", None),
+    ("--eta takes numbers from 0 to 1", "--eta 1.5", None), ("--eta", "--eta nan", None), ("--eta", "--eta -0.1", None),
+    ("--variance large", "--variance large --eta 1 --steps 50", None),
+    ("--variance large", "--variance large --eta 0.5 --steps 1000", None),
+    ("--gmm-components takes numbers up to 100", "--prior gmm --gmm-components 101", None),
+    ("--colour", "--colour red", None), ("--unet-mults", "--unet-mults 1,x", None),
+    ("--formulation none has no VAE", "--formulation none --z-cond", None),
+    ("--formulation none has no VAE", "--formulation none --stage vae", None),
+    ("--formulation none has no VAE", "--formulation none --kl-weight 2", None),
+    ("there is no run in runs/shapes", "--stage sample", None), ("there is no run in x", "--stage sample --run-dir x", None),
+    ("there is no run in x", "--vae-from x", None), ("--lr", "--lr nan", None), ("--lr", "--lr", None)))
+def test_refuses(words, options, prepare, capsys):
+    """Bad input is one sentence with these words, exit code 2, and nothing written."""
+    if prepare:
+        prepare()
+    before = tree()
+    small = options if "sample" in options or "--formulation none" in options else " ".join(NETWORKS) + " " + options
+    refused(capsys, before, command(*small.split()), words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_refuses_cuda_that_is_not_there(capsys):
+    """--device cuda without CUDA is refused before anything is written."""
+    refused(capsys, {}, command(*NETWORKS, "--device", "cuda"), "--device cuda")
+
+
+@pytest.mark.parametrize("options, words", (
+    ("--z-dim 3 --unet-width 8", ("--z-dim 2, not 3", "--unet-width 4, not 8")),
+    ("--stage sample --formulation 2", ("--formulation 1, not 2",)), ("--dataset mnist", ("--dataset shapes, not mnist",)),
+    ("--image-size 16 --unet-mults 1,1", ("--image-size 8, not 16", "--unet-mults (1, 2), not (1, 1)")),
+    ("--vae-steps 9", ("U-Net",)), ("--stage sample --steps 1001", ("--steps",)),
+    ("--stage sample --prior gmm --gmm-components 101 --save-images", ("gmm",))))
+def test_refuses_what_contradicts_the_run(options, words, run_dir, capsys):
+    """Options other than those of the run folder are listed with both values, and its files stay as they are."""
+    refused(capsys, tree(), command(*options.split(), run_dir="run"), *words)
+
+
+def test_refuses_samples_of_other_options(run_dir, capsys):
+    """PNGs of two samplers are never mixed in one folder."""
+    assert command("--stage", "sample", "--save-images", run_dir="run") == 0
+    capsys.readouterr()
+    refused(capsys, tree(), command("--stage", "sample", "--save-images", "--eta", "1", run_dir="run"), "samples", "move it")
+
+
+class Evil:
+    """Pickled, it writes a file where it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ("run/pwned",)
+
+
+def with_code(path):
+    """Put code beside the weights of a checkpoint."""
+    torch.save(dict(torch.load(path, weights_only=True), extra=Evil()), path)
+
+
+def of_another_seed(path):
+    """Change one weight of the VAE: still whole, but not the one the U-Net was trained with."""
+    state = torch.load(path, weights_only=True)
+    next(iter(state["model"].values())).add_(1)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize("damage", (
+    lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(p.read_bytes()[:5000]),
+    lambda p: p.write_bytes(b""), lambda p: p.write_bytes(b"no checkpoint " * 400), with_code,
+    lambda p: torch.save([1, 2], p), lambda p: p.write_bytes(p.read_bytes()[:3000] + b"\xff" + p.read_bytes()[3001:])),
+    ids=("truncated", "cut", "empty", "text", "code", "list", "flipped"))
+@pytest.mark.parametrize("name", ("vae.pt", "ddpm.pt"))
+@pytest.mark.parametrize("stage", ("sample", "all"))
+def test_refuses_damaged_checkpoints(stage, name, damage, run_dir, capsys):
+    """A checkpoint that is not what was written is refused by name, code in it does not run, and nothing is overwritten."""
+    damage(run_dir / name)
+    if damage is with_code:    # it would work
+        torch.load(run_dir / name, weights_only=False)
+        Path("run/pwned").rmdir()
+    before = tree()
+    refused(capsys, before, command("--stage", stage, "--save-images", run_dir="run"), name, "damaged")
+
+
+def test_no_flipped_byte_goes_unnoticed(run_dir):
+    """With any one byte of a checkpoint changed it is refused, or loads the very same weights."""
+    path, rng, refusals = run_dir / "vae.pt", np.random.default_rng(0), 0
+    whole, model, truth = path.read_bytes(), DiffuseVAE.load("run", "cpu"), saved(path)
+    for i in rng.choice(len(whole), 60, replace=False):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ (1 << rng.integers(8))]) + whole[i + 1:])
+        try:
+            state = diffusevae.load_checkpoint("run", "vae", model)
+        except ValueError:
+            refusals += 1
+        else:
+            assert all(torch.equal(v, truth["/model/" + k]) for k, v in state["model"].items())
+    assert refusals > 10
+
+
+@pytest.mark.parametrize("text", ("", "{", "[1]", "{}", '{"format": 99}'))
+def test_refuses_damaged_options(text, run_dir, capsys):
+    """A config.json that cannot be read is refused by name."""
+    (run_dir / "config.json").write_text(text)
+    refused(capsys, tree(), command("--stage", "sample", run_dir="run"), "config.json")
+
+
+@pytest.mark.parametrize("change, words", (
+    (lambda: of_another_seed("run/vae.pt"), "another VAE"), (lambda: shutil.copy("run/vae.pt", "run/ddpm.pt"), "of stage vae"),
+    (lambda: Path("run/vae.pt").unlink(), "there is no run/vae.pt"),
+    (lambda: Path("run/ddpm.pt").unlink(), "there is no run/ddpm.pt")))
+def test_refuses_checkpoints_that_do_not_belong(change, words, run_dir, capsys):
+    """A VAE other than the U-Net's, a file of the other stage, and a missing file are refused."""
+    change()
+    refused(capsys, tree(), command("--stage", "sample", run_dir="run"), words)
+
+
+@pytest.mark.parametrize("stage", ("vae", "ddpm"))
+def test_loss_that_is_not_finite(stage, run_dir, monkeypatch, capsys):
+    """Training stops at the first NaN, names its step, and keeps the checkpoint and its log as they were before."""
+    for name in ("ddpm.pt", *(["vae.pt"] if stage == "vae" else [])):
+        (run_dir / name).unlink()
+    owner, calls = VAE if stage == "vae" else DiffuseVAE, []
+    loss = owner.loss
+
+    def poisoned(self, *args):
+        if self.training or stage == "ddpm":    # not where costs are counted
+            calls.append(1)
+        result, factor = loss(self, *args), math.nan if len(calls) == 6 else 1.0
+        return tuple(v * factor for v in result) if stage == "vae" else result * factor
+
+    monkeypatch.setattr(owner, "loss", poisoned)
+    assert command(run_dir="run", vae_steps=9, ddpm_steps=9, save_every=2, log_every=3, stage=stage) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("diffusevae: ") and err.count("\n") == 1 and "not finite" in err, err
+    assert f"step {6 if stage == 'ddpm' else 6}" in err and stage in err and "lr" in err
+    state = saved(run_dir / f"{stage}.pt")
+    assert state["/step"] == 4 and all(v.isfinite().all() for v in state.values() if torch.is_tensor(v))
+    monkeypatch.undo()
+
+
+# --------------------------------------------------------------------------------------------------------
+# The file as a whole
+# --------------------------------------------------------------------------------------------------------
+
+USES = {
+    "VAE": (("VAE",), "vae = VAE(8, 3, 4, 4); vae.loss(vae.decode(vae.encode(torch.zeros(2, 3, 8, 8))[0]))[0].backward()"),
+    "GaussianDiffusion": (("GaussianDiffusion", "timesteps_for", "randn"), """
+d, net, x = GaussianDiffusion(100, 1e-3, 0.2), lambda x, t: 0.5 * x, torch.randn(2, 3)
+assert d.sample(net, x, 7, 1.0, generator=[torch.Generator(), torch.Generator()]).shape == x.shape
+d.invert(net, x, 5), d.bits_per_dim(net, x)["total"], d.q_posterior(x, x, 5)"""),
+    "UNet": (("UNet", "Block", "Attention", "zeroed", "group_norm"), """
+net = UNet(16, 3, 3, 8, (1, 2), heads=2, z_dim=4)
+net(torch.zeros(2, 3, 16, 16), torch.tensor([1, 2]), torch.zeros(2, 3, 16, 16), torch.zeros(2, 4)).sum().backward()"""),
+    "GaussianMixture": (("GaussianMixture", "randn"), """
+m = GaussianMixture(2).fit(torch.randn(50, 3))
+assert m.log_prob(m.sample(5)).shape == (5,)"""),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_class_pasted_alone(name):
+    """A class and its named helpers run in an empty file that imports torch and nothing else of this one."""
+    parts, use = USES[name]
+    sources = [inspect.getsource(getattr(diffusevae, part)) for part in parts]
+    exec("\n\n".join(["import math, torch\nimport torch.nn as nn\nimport torch.nn.functional as F", *sources, use]), {})
+
+
+def test_import_has_no_side_effects(tmp_path):
+    """Importing the file writes nothing, prints nothing, moves no random state, and loads no torchvision or matplotlib."""
+    code = ("import random, sys, torch; a = torch.get_rng_state(); import diffusevae; assert torch.equal(a, torch.get_rng_state()); "
+            "assert not {'torchvision', 'matplotlib', 'PIL'} & set(sys.modules); assert torch.get_default_dtype() == torch.float32")
+    home = str(Path(diffusevae.__file__).parent)
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": home},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and tree(tmp_path) == {}
+
+
+def test_help(capsys):
+    """--help names every option, each with a text."""
+    with pytest.raises(SystemExit) as end:
+        diffusevae.main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and all(f"--{name.replace('_', '-')}" in out for name in Config.__dataclass_fields__)
