@@ -1149,11 +1149,13 @@ def run(given):
                 model.vae.load_state_dict(state["model"])
     if plan[0][0] == "vae" and "ddpm" in steps and steps.get("vae", 0) < c.vae_steps:
         raise ValueError(f"the U-Net in {run_dir} goes with this VAE: to train that on, move ddpm.pt away")
+    source = c.vae_from if c.vae_from and "vae" not in steps else run_dir
+    if plan[0][0] == "ddpm" and model.vae:
+        load_checkpoint(source, "vae", model)
     text = json.dumps(dict(format=FORMAT, **c.group("model", "training")), indent=2) + "\n"
     save_atomic(run_dir / "config.json", lambda f: f.write(text.encode()))
-    if c.vae_from and not Path(run_dir, "vae.pt").exists():
-        load_checkpoint(c.vae_from, "vae", model)
-        save_atomic(run_dir / "vae.pt", lambda f: f.write(Path(c.vae_from, "vae.pt").read_bytes()))
+    if source != run_dir:
+        save_atomic(run_dir / "vae.pt", lambda f: f.write(Path(source, "vae.pt").read_bytes()))
     model.to(device, memory_format=torch.channels_last)
     if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:
         images = images.to(device)
@@ -1204,6 +1206,8 @@ def draw_samples(model):
     """
     c, run_dir, shown = model.config, Path(model.config.run_dir), min(model.config.num_samples, 64)
     n, folders = c.num_samples if c.save_images else shown, [run_dir / "samples", run_dir / "vae_samples"]
+    if c.prior == "gmm":
+        load_mixture(model)
     if c.save_images:
         made = {k: v for k, v in c.group("sampling").items() if k not in ("num_samples", "sample_batch")}
         made |= dict(seed=c.seed, unet=fingerprint(model.unet))
@@ -1211,8 +1215,6 @@ def draw_samples(model):
         if note.exists() and json.loads(note.read_text()) != made:
             raise ValueError(f"{folders[0]} holds samples of other options or another network: move it away")
         save_atomic(note, lambda f: f.write(json.dumps(made).encode()))
-    if c.prior == "gmm":
-        load_mixture(model)
     seen, began = [], time.perf_counter()
     with ThreadPoolExecutor() as pool:
         for start in range(0, n, c.sample_batch):
@@ -1246,7 +1248,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv=None):
     """Command line -> dictionary of the options given on it."""
-    numbers = lambda text: None if text == "auto" else tuple(int(n) for n in text.split(",") if n != "none")
+    def numbers(text):    # argparse names it when it complains
+        return None if text == "auto" else tuple(int(n) for n in text.split(",") if n != "none")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.allow_abbrev = False
     groups = {name: parser.add_argument_group(name) for name in ("run", "model", "training", "sampling")}
