@@ -5,7 +5,7 @@
 Offline and on the CPU, but for one test that wants CUDA. "5 SE" in a comment is five standard errors of a Monte Carlo
 mean: a right program misses that once in two million draws, and the seeds are fixed besides.
 """
-import collections, copy, csv, inspect, json, math, os, shutil, subprocess, sys
+import collections, copy, csv, inspect, math, os, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
