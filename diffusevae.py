@@ -34,7 +34,8 @@ import torch.nn.functional as F
 # --------------------------------------------------------------------------------------------------------
 
 DATASETS = ("shapes", "mnist", "fashion_mnist", "cifar10", "folder")
-STAGES = ("all", "vae", "ddpm", "sample")
+TRAINING = ("all", "vae", "ddpm")    # stages that train; the others need a trained model
+STAGES = (*TRAINING, "sample", "reconstruct", "interpolate", "traverse", "eval")
 
 
 def option(group, default, help, takes=None):
@@ -92,7 +93,7 @@ class Config:
     log_every: int = _training(100, "updates between rows of the log", (1, 10**9))
     seed: int = _training(0, "of initial weights, data order, noise and samples", (0, 2**32 - 1))
 
-    num_samples: int = _sampling(64, "images to draw", (1, 10**7))
+    num_samples: int = _sampling(64, "images to draw, or test images to measure on", (1, 10**7))
     sample_batch: int = _sampling(250, "images drawn at once; changes speed, not images", (1, 65536))
     steps: int = _sampling(50, "steps kept of T when sampling", (1, 100_000))
     eta: float = _sampling(0.0, "0 is DDIM, 1 is ancestral sampling (DDPM)", (0, 1))
@@ -118,9 +119,11 @@ class Config:
             raise ValueError(f"--steps takes 1 to {self.timesteps}, the timesteps, not {self.steps}")
         if self.variance == "large" and (self.eta < 1 or self.steps < self.timesteps):
             raise ValueError(f"--variance large needs --eta 1 --steps {self.timesteps}, else it is unsound")
-        for name, off in dict(z_cond=False, vae_from="", prior="normal", cond_noise=0).items():
-            if self.formulation == "none" and getattr(self, name) != off:
-                raise ValueError(f"{flag(name)} needs a VAE, and --formulation none has none: leave it out")
+        for name in ("z_cond", "vae_from", "prior", "cond_noise", "stage") * (self.formulation == "none"):
+            if (value := getattr(self, name)) not in (False, "", "normal", "all", "ddpm", "sample", "eval"):
+                raise ValueError(f"{flag(name)} {value} needs a VAE, and --formulation none has none")
+        if self.stage == "interpolate" and self.eta:
+            raise ValueError("--stage interpolate takes --eta 0 alone: fresh noise would be seen as a change")
 
     @property
     def channels(self):
@@ -312,20 +315,24 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """Images [B, C, S, S] -> mu, logvar of q(z|x), each [B, z_dim]."""
-        mu, logvar = self.encoder(x).float().chunk(2, dim=1)
+        mu, logvar = self.encoder(x).to(x.dtype).chunk(2, dim=1)
         return mu, logvar.clamp(-20, 20)    # beyond that exp() drowns the rest of the loss
 
     def decode(self, z):
         """Latents [B, z_dim] -> x_hat [B, C, S, S] in [-1, 1]."""
-        return self.decoder(z).float()
+        return self.decoder(z).to(z.dtype)
 
     def loss(self, x, kl_weight=1.0):
         """Images [B, C, S, S] -> L, its squared error and its KL: scalars, in nats an image."""
         mu, logvar = self.encode(x)
         x_hat = self.decode(mu + (0.5 * logvar).exp() * torch.randn_like(mu))
         error = ((x - x_hat) / 2).square().flatten(1).sum(1).mean()
-        kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
+        kl = self.kl(mu, logvar).mean()
         return error + kl_weight * kl, error, kl
+
+    def kl(self, mu, logvar):
+        """KL(q(z|x) || p(z)) [B] in nats, from mu and logvar [B, z_dim] (arXiv 1312.6114, appendix B)."""
+        return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -581,7 +588,8 @@ class UNet(nn.Module):
         """x_t [B, C, S, S], t [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> prediction like x_t."""
         half = torch.arange(self.width // 2, device=t.device) / (self.width // 2)
         angle = t[:, None] * torch.exp(-math.log(10_000) * half)    # [B, width // 2]
-        emb = self.embed_t(F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.width % 2)))
+        waves = F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.width % 2)).to(x_t.dtype)
+        emb = self.embed_t(waves)
         emb = F.silu(emb if self.embed_z is None else emb + self.embed_z(z))    # [B, 4 width]
         h = self.first(torch.cat([x_t, x_hat], dim=1) if self.cond_channels else x_t)
         skips = [h]
@@ -739,21 +747,24 @@ class DiffuseVAE(nn.Module):
 
         z ~ q(z|x) is drawn afresh; t is spread evenly over the batch, for a steadier loss (2107.00630, I.1).
         """
-        x_hat = z = None
-        if self.vae:
-            with torch.no_grad():
-                mu, logvar = self.vae.encode(x)
-                z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
-                x_hat = self.vae.decode(z)
+        z, x_hat = self.draft(x)
         u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1
         t, noise = (u * self.config.timesteps).long(), torch.randn_like(x)    # t [B]
         x_t = self.diffusion.q_sample(x, t, noise, self.shift(x_hat))
         return F.mse_loss(self.denoiser(x_hat, z, unet)(x_t, t), self.diffusion.target(x, t, noise))
 
+    @torch.no_grad()
+    def draft(self, x, generator=None):
+        """z ~ q(z|x) and its x_hat, what stage 2 is shown of images x; None and None without a VAE."""
+        if not self.vae:
+            return None, None
+        z = self.encode(x, True, generator)
+        return z, self.vae.decode(z)
+
     def denoiser(self, x_hat=None, z=None, unet=None):
         """The U-Net (or another `unet`), given x_hat and z, as GaussianDiffusion's (x_t, t) -> prediction."""
         z = (self.encode(x_hat) if z is None else z) if self.config.z_cond else None
-        return lambda x_t, t: (unet or self.unet)(x_t, t, x_hat, z).float()
+        return lambda x_t, t: (unet or self.unet)(x_t, t, x_hat, z).to(x_t.dtype)
 
     def shift(self, x_hat):
         """What x_t carries besides signal and noise: x_hat in formulation 2, else nothing."""
@@ -766,15 +777,23 @@ class DiffuseVAE(nn.Module):
             return self.mixture.sample(n, generator).to(like)
         return randn((n, c.z_dim if self.vae else 0), like, generator)
 
-    def noise(self, n, generator=None):
-        """n times x_T ~ N(0, I), [n, C, S, S]."""
-        c = self.config
-        return randn((n, c.channels, c.image_size, c.image_size), next(self.parameters()), generator)
+    def noise(self, n, generator=None, **options):
+        """n times x_T [n, C, S, S], N(0, I) times the temperature."""
+        c, like = dataclasses.replace(self.config, **options), next(self.parameters())
+        return c.temperature * randn((n, c.channels, c.image_size, c.image_size), like, generator)
 
     @torch.no_grad()
-    def encode(self, x):
-        """Images -> latents, the means of q(z|x)."""
-        return self.vae.encode(x)[0]
+    def encode(self, x, draw=False, generator=None):
+        """Images -> latents: the means of q(z|x), or draws from it. ValueError without a VAE."""
+        if not self.vae:
+            raise ValueError("formulation none has no VAE, and so no latents")
+        mu, logvar = self.vae.encode(x)
+        return mu + (0.5 * logvar).exp() * randn(mu.shape, mu, generator) if draw else mu
+
+    def encode_all(self, images, draw=False, generator=None):
+        """`encode` of uint8 images [N, C, S, S] on any device, 500 at a time -> [N, z_dim]."""
+        device = next(self.parameters()).device
+        return torch.cat([self.encode(to_float(x.to(device)), draw, generator) for x in images.split(500)])
 
     @torch.no_grad()
     def decode(self, z, x_T=None, generator=None, **options):
@@ -788,7 +807,7 @@ class DiffuseVAE(nn.Module):
         if c.cond_noise:
             x_hat = x_hat + c.cond_noise * randn(x_hat.shape, x_hat, generator)
         if x_T is None:
-            x_T = c.temperature * self.noise(len(z if x_hat is None else x_hat), generator)
+            x_T = self.noise(len(z if x_hat is None else x_hat), generator, **options)
         return self.diffusion.sample(self.denoiser(x_hat, z), x_T, c.steps, c.eta, spacing=c.spacing,
                                      shift=self.shift(x_hat), variance=c.variance, generator=generator)
 
@@ -811,23 +830,40 @@ class DiffuseVAE(nn.Module):
         x_T = self.diffusion.q_sample(x, last, randn(x.shape, x, generator))
         return self.decode(self.encode(x), x_T, generator, **options)
 
-    def interpolate(self, x, n=9, along="both", **options):
-        """Two images [2, C, S, S] -> n from one to the other, along z (a line), x_T (an arc) or both."""
-        (z_a, z_b), (a, b) = self.invert(x, **options)
-        w = torch.linspace(0, 1, n, device=x.device)
+    def interpolate(self, x, n=9, along="both", generator=None, **options):
+        """Two images [2, C, S, S] -> n from one to the other, by `path` between their latents and noises."""
+        z, x_T = self.path(*self.invert(x, **options), n, along)
+        return self.decode(z, x_T, generator, **{**options, "eta": 0.0})
+
+    def path(self, z, x_T, n=9, along="both"):
+        """Between two latents [2, z_dim] and noises [2, C, S, S]: n of each, to be decoded together.
+
+        Latents move on a line, noises on an arc, which keeps their norm; along "z" or "x_T" the other stays.
+        """
+        w = torch.linspace(0, 1, n, device=z.device)
         v, w = (w * (along != "x_T"))[:, None], (w * (along != "z"))[:, None, None, None]
-        angle = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
-        arc = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
-        return self.decode(z_a + v * (z_b - z_a), arc, **{**options, "eta": 0.0})
+        angle = F.cosine_similarity(*x_T.flatten(1), dim=0).clamp(-0.9999, 0.9999).acos()
+        arc = (((1 - w) * angle).sin() * x_T[0] + (w * angle).sin() * x_T[1]) / angle.sin()
+        return z[0] + v * (z[1] - z[0]), arc
 
     @torch.no_grad()
-    def fit_mixture(self, images, components, batch=500):
+    def bits_per_dim(self, x, generator=None, progress=None):
+        """The bound on -log2 p(x) per dimension of the joint model: that of GaussianDiffusion, and KL of z.
+
+        One z ~ q(z|x) an image, T network calls. Returns KL, L_T, L_t, L_0 and `total` in bits, each [N].
+        """
+        z, x_hat = self.draft(x, generator)
+        denoiser, shift = self.denoiser(x_hat, z), self.shift(x_hat)
+        terms = self.diffusion.bits_per_dim(denoiser, x, shift, generator, progress)
+        kl = self.vae.kl(*self.vae.encode(x)) if self.vae else torch.zeros(len(x), device=x.device)
+        kl = kl / (math.log(2) * x[0].numel())
+        return {"KL": kl, **terms, "total": kl + terms["total"]}
+
+    def fit_mixture(self, images, components):
         """Fit the prior gmm to a draw from q(z|x) for each of uint8 images [N, C, S, S], in float64."""
-        codes, g, device = [], torch.Generator().manual_seed(self.config.seed), next(self.parameters()).device
-        for x in images.split(batch):
-            mu, logvar = self.vae.encode(to_float(x.to(device)))
-            codes.append(mu + (0.5 * logvar).exp() * randn(mu.shape, mu, g))
-        z = torch.cat(codes).to("cpu" if device.type == "mps" else device).double()    # MPS has no float64
+        g = torch.Generator().manual_seed(self.config.seed)
+        z = self.encode_all(images, True, g)
+        z = (z.cpu() if z.is_mps else z).double()    # MPS has no float64
         self.mixture = GaussianMixture(components).fit(z, generator=g)
 
 
@@ -934,6 +970,11 @@ def fingerprint(network):
     return zlib.crc32(b"".join(v.tobytes() for v in values))
 
 
+def generators(seed, name, indices):
+    """A generator of its own for each index, so that an image does not depend on its batch."""
+    return [torch.Generator().manual_seed(stream(seed, name, i)) for i in indices]
+
+
 def save_atomic(path, write):
     """Write a file through write(file) beside its place, flush it, rename it: it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -947,6 +988,11 @@ def save_atomic(path, write):
     except (OSError, RuntimeError) as e:    # torch.save makes a full disk a RuntimeError
         beside.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written and is as it was before: {e}") from None
+
+
+def save_json(value, path):
+    """Write plain values as JSON, whole or not at all."""
+    save_atomic(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def bound_options(config, stage):
@@ -1025,16 +1071,25 @@ def append_log(run_dir, row):
 # 9 Pictures: labelled grids and the curves of the log
 # --------------------------------------------------------------------------------------------------------
 
-def draw_panels(panels, columns):
-    """Labelled grids side by side: (label, images [N, C, S, S]) pairs -> a matplotlib figure."""
+def draw_grids(grids, columns, across=1, rows=(), ticks=()):
+    """Labelled grids, `across` side by side: (title, images [N, C, S, S]) pairs -> a matplotlib figure.
+
+    `rows` are the labels of a grid's rows, `ticks` those of the columns, under the lowest grids.
+    """
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
-    fig = Figure(figsize=(3.2 * len(panels), 3.6), dpi=150, layout="constrained")
-    for ax, (label, images) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels):
+    down, cell, pitch = -(-len(grids) // across), max(0.4, 3.2 / columns), grids[0][1].shape[-1] + 1
+    high = 0.35 + cell * -(-len(grids[0][1]) // columns)
+    fig = Figure(figsize=(across * (cell * columns + bool(rows)), down * high), dpi=150, layout="constrained")
+    for i, (ax, (title, images)) in enumerate(zip(fig.subplots(down, across, squeeze=False).flat, grids)):
         grid = make_grid(to_uint8(images).cpu(), nrow=columns, padding=1, pad_value=255)    # [3, H, W]
         ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        ax.set_title(label, fontsize=11)
-        ax.axis("off")
+        ax.set_title(title, fontsize=9)
+        ax.set_yticks([(k + 0.5) * pitch for k in range(len(rows))], rows)
+        shown = ticks if i >= len(grids) - across else ()
+        ax.set_xticks([(k + 0.5) * pitch for k in range(len(shown))], shown)
+        ax.tick_params(length=0, labelsize=8)
+        ax.spines[:].set_visible(False)
     return fig
 
 
@@ -1108,7 +1163,7 @@ def gflops(model):
 def settle(given):
     """The options of the command line over the run folder's over the preset -> Config. Raises ValueError."""
     run_dir, source = given.get("run_dir") or f"runs/{given.get('dataset', 'shapes')}", given.get("vae_from")
-    old = Path(run_dir, "config.json").exists() or given.get("stage") == "sample"
+    old = Path(run_dir, "config.json").exists() or given.get("stage", "all") not in TRAINING
     kept = read_options(run_dir) if old else {}
     if source and not old:
         kept = {k: v for k, v in read_options(source).items() if k in (*VAE_OPTIONS, "data_dir")}
@@ -1126,10 +1181,11 @@ def run(given):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    if c.stage == "sample":
+    if c.stage not in TRAINING:
         model = DiffuseVAE.load(run_dir, device.type)
         model.config = c
-        return draw_samples(model)
+        return dict(sample=draw_samples, reconstruct=draw_reconstructions, interpolate=draw_interpolations,
+                    traverse=draw_traversals, eval=evaluate)[c.stage](model)
     torch.manual_seed(stream(c.seed, "weights", 0))
     model = DiffuseVAE(c)
     images, costs = load_split(c, "train"), gflops(model)
@@ -1152,8 +1208,7 @@ def run(given):
     source = c.vae_from if c.vae_from and "vae" not in steps else run_dir
     if plan[0][0] == "ddpm" and model.vae:
         load_checkpoint(source, "vae", model)
-    text = json.dumps(dict(format=FORMAT, **c.group("model", "training")), indent=2) + "\n"
-    save_atomic(run_dir / "config.json", lambda f: f.write(text.encode()))
+    save_json(dict(format=FORMAT, **c.group("model", "training")), run_dir / "config.json")
     if source != run_dir:
         save_atomic(run_dir / "vae.pt", lambda f: f.write(Path(source, "vae.pt").read_bytes()))
     model.to(device, memory_format=torch.channels_last)
@@ -1214,7 +1269,7 @@ def draw_samples(model):
         note = folders[0] / "options.json"
         if note.exists() and json.loads(note.read_text()) != made:
             raise ValueError(f"{folders[0]} holds samples of other options or another network: move it away")
-        save_atomic(note, lambda f: f.write(json.dumps(made).encode()))
+        save_json(made, note)
     seen, began = [], time.perf_counter()
     with ThreadPoolExecutor() as pool:
         for start in range(0, n, c.sample_batch):
@@ -1222,7 +1277,7 @@ def draw_samples(model):
             paths = [[folder / f"{i:06}.png" for i in indices] for folder in folders[:1 + bool(model.vae)]]
             if start >= shown and all(path.exists() for path in sum(paths, [])):
                 continue
-            g = [torch.Generator().manual_seed(stream(c.seed, "sample", i)) for i in indices]
+            g = generators(c.seed, "sample", indices)
             z = model.latents(len(g), g)
             with torch.no_grad():
                 images = [model.decode(z, generator=g), *([model.vae.decode(z)] if model.vae else [])]
@@ -1236,7 +1291,101 @@ def draw_samples(model):
         panels.append(("real (test set)", to_float(load_split(c, "test")[:shown])))
     except ValueError as e:    # without the data the samples are still worth seeing
         report(f"samples.png has no real images: {e}")
-    save_figure(draw_panels(panels[::-1], math.ceil(shown**0.5)), run_dir / "samples.png")
+    save_figure(draw_grids(panels[::-1], math.ceil(shown**0.5), len(panels)), run_dir / "samples.png")
+
+
+def held_out(model, n):
+    """The first n test images [n, C, S, S], on the model's device."""
+    c, images = model.config, load_split(model.config, "test")
+    if not 2 <= n <= len(images):
+        raise ValueError(f"--stage {c.stage} takes 2 to {len(images)} images, the test set's, not {n}: "
+                         "see --num-samples")
+    return to_float(images[:n].to(next(model.parameters()).device))
+
+
+def in_batches(model, x, compute):
+    """Join the dictionaries of tensors [B, ...] that compute(batch of x, generators) returns."""
+    c, parts = model.config, []
+    for i in range(0, len(x), c.sample_batch):
+        batch = x[i:i + c.sample_batch]
+        result = compute(batch, generators(c.seed, c.stage, range(i, i + len(batch))))
+        parts.append({name: values.cpu() for name, values in result.items()})
+        report(f"{c.stage} {i + len(batch)} of {len(x)} images", passing=True)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def mean_and_error(values):
+    """Mean and standard error of values [N]."""
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+
+def draw_reconstructions(model):
+    """reconstruct.png: test images, and what their latents give back with each kind of x_T."""
+    c, vae = model.config, model.vae
+    rows = in_batches(model, held_out(model, c.num_samples), lambda x, g: {
+        "test image": x, "VAE": vae.decode(model.encode(x)), "x_T ~ q(x_T|x)": model.reconstruct(x, False, g),
+        "x_T by inversion": model.reconstruct(x, True, g)})
+    for name in list(rows)[1:]:
+        mean, error = mean_and_error((rows[name] - rows["test image"]).square().flatten(1).mean(1))
+        report(f"{name:16}  mean squared error {mean:.5f} +- {error:.5f} (of values in [-1, 1])")
+    shown = torch.cat([images[:8] for images in rows.values()])
+    title = f"reconstructions, {c.steps} steps"
+    save_figure(draw_grids([(title, shown)], len(shown) // 4, rows=rows), Path(c.run_dir, "reconstruct.png"))
+
+
+def draw_interpolations(model):
+    """interpolate.png: from one test image or random latent to another: in z, in x_T and in both."""
+    c, grids, g = model.config, [], generators(model.config.seed, "interpolate", range(4))
+    x = held_out(model, 4)
+    if c.prior == "gmm":
+        load_mixture(model)
+    for k in (slice(0, 2), slice(2, 4)):
+        ends = dict(images=model.invert(x[k]), latents=(model.latents(2, g[k]), model.noise(2, g[k])))
+        for along, words in dict(z="z, x_T fixed", x_T="x_T, z fixed", both="z and x_T").items():
+            for name, pair in ends.items():
+                z, x_T = model.path(*pair, 9, along)
+                refined = model.decode(z, x_T, generators(c.seed, "interpolate", [0] * 9))
+                title = f"{dict(images='test images', latents='random latents')[name]}: {words}"
+                grids.append((title, torch.cat([model.vae.decode(z), refined])))
+    save_figure(draw_grids(grids, 9, 2, ("VAE", "refined")), Path(c.run_dir, "interpolate.png"))
+
+
+def draw_traversals(model):
+    """traverse.png: along the principal directions of the training set's codes, all from the same noise."""
+    c, grids, at = model.config, [], torch.arange(-3, 4)
+    codes = model.encode_all(load_split(c, "train")).cpu().double()
+    _, spread, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)
+    for k in range(min(8, len(spread))):
+        step = spread[k] / len(codes) ** 0.5 * directions[k]    # one standard deviation
+        z = (codes.mean(0) + at[:, None] * step).to(next(model.parameters()))    # [7, z_dim]
+        refined = model.decode(z, generator=generators(c.seed, "traverse", [0] * 7))
+        share = spread[k].square() / spread.square().sum()
+        title = f"direction {k + 1}, {share:.0%} of the variance"
+        grids.append((title, torch.cat([model.vae.decode(z), refined])))
+    ticks = [f"{k:+} sd" if k else "mean" for k in at.tolist()]
+    save_figure(draw_grids(grids, 7, 2, ("VAE", "refined"), ticks), Path(c.run_dir, "traverse.png"))
+
+
+def evaluate(model):
+    """eval.json: on test images the bound in bits per dimension, term by term, and the VAE's error."""
+    c, T, x = model.config, model.config.timesteps, held_out(model, model.config.num_samples)
+    cost = len(x) * T * gflops(model)[1] / 1e3
+    report(f"the bound of {len(x)} test images takes {T} network calls for each, {cost:.2f} TFLOP in all")
+
+    def terms(x, g):
+        left = lambda t: t % -(-T // 10) or report(f"{t} of {T} steps left for this batch", passing=True)
+        found = model.bits_per_dim(x, g, left)
+        if model.vae:
+            found["VAE"] = (model.vae.decode(model.encode(x)) - x).square().flatten(1).mean(1)
+        return found
+
+    table = {}
+    for name, values in in_batches(model, x, terms).items():
+        mean, error = mean_and_error(values)
+        unit = "mean squared error of values in [-1, 1]" if name == "VAE" else "bits per dimension"
+        report(f"{name:6}{mean:10.5f} +- {error:.5f} {unit}")
+        table[name] = dict(mean=mean, standard_error=error)
+    save_json(dict(images=len(x), **table), Path(c.run_dir, "eval.json"))
 
 
 class Parser(argparse.ArgumentParser):

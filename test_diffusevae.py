@@ -5,7 +5,7 @@
 Offline and on the CPU, but for one test that wants CUDA. "5 SE" in a comment is five standard errors of a Monte Carlo
 mean: a right program misses that once in two million draws, and the seeds are fixed besides.
 """
-import collections, copy, csv, inspect, math, os, shutil, subprocess, sys
+import collections, copy, csv, inspect, json, math, os, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -716,6 +716,47 @@ def test_latent_codes_and_back(options):
     assert model.sample(1, steps=1).shape == (1, 3, 8, 8)    # a batch of one
 
 
+def test_joint_bound_adds_the_codes_price():
+    """KL is torch.distributions' in bits a dimension; formulation 2 with a net that sees x_t - x_hat has 1's bound."""
+    found = []
+    for formulation in ("1", "2"):
+        torch.manual_seed(0)
+        model = perturbed(DiffuseVAE(tiny(formulation=formulation, timesteps=20)), 0.05).double().eval()
+        x = diffusevae.to_float(diffusevae.draw_shapes(3, 8, 0)[0]).double()
+        model.unet.forward = lambda x_t, t, x_hat, z, f=formulation: 0.5 * x_t - 0.5 * (x_hat if f == "2" else 0) + 0.1 * x_hat
+        found.append(model.bits_per_dim(x, torch.Generator().manual_seed(3)))
+    mu, logvar = (v.detach() for v in model.vae.encode(x))
+    kl = D.kl_divergence(D.Normal(mu, (logvar / 2).exp()), D.Normal(0 * mu, 1 + 0 * mu)).sum(1)
+    assert torch.allclose(found[0]["KL"], kl / math.log(2) / 192, rtol=1e-9)
+    for one, two in zip(found[0].values(), found[1].values()):
+        assert torch.allclose(one, two, rtol=1e-9)
+    assert torch.allclose(found[0]["total"], sum(v for k, v in found[0].items() if k != "total"))
+
+
+def test_path_between_latents():
+    """Ends are the ends, z on a line, x_T on a great circle of constant speed; what is not moved stays."""
+    model = DiffuseVAE(tiny())
+    z, x_T = torch.randn(2, 2), torch.randn(2, 3, 8, 8)
+    x_T[1] *= x_T[0].norm() / x_T[1].norm()
+    on_line, on_arc = model.path(z, x_T, 5)
+    assert torch.allclose(on_line, torch.stack([z[0] + w * (z[1] - z[0]) for w in (0, 0.25, 0.5, 0.75, 1)]))
+    flat = on_arc.flatten(1)
+    assert torch.allclose(flat[[0, 4]], x_T.flatten(1), atol=1e-5) and torch.allclose(flat.norm(dim=1), x_T[0].norm())
+    speed = F.cosine_similarity(flat[1:], flat[:-1]).acos()
+    assert torch.allclose(speed, speed.mean().expand(4), atol=1e-4)
+    assert (model.path(z, x_T, 5, "x_T")[0] == z[0]).all() and (model.path(z, x_T, 5, "z")[1] - x_T[0]).abs().max() < 1e-5
+
+
+def test_noise_on_x_hat_is_of_the_asked_size():
+    """What the U-Net is shown with cond_noise is x_hat plus noise of that standard deviation, the same for one seed."""
+    model, seen = DiffuseVAE(tiny()), []
+    model.unet.forward = lambda x_t, t, x_hat, z: seen.append(x_hat) or x_t * 0
+    x_hat = torch.zeros(200, 3, 8, 8)
+    first, again = (model.refine(x_hat, steps=1, cond_noise=0.5, generator=torch.Generator().manual_seed(1)) for _ in "ab")
+    assert abs(seen[0].std() - 0.5) < 5 * 0.5 / (2 * x_hat.numel())**0.5 and torch.equal(first, again)    # 5 SE
+    assert torch.equal(seen[0], seen[1])
+
+
 # --------------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------------
@@ -932,6 +973,49 @@ def test_another_model_is_refused(capsys):
     assert "--predict" in message
     before.pop("config.json")
     assert files("r") == before
+
+
+@pytest.mark.parametrize("formulation", ("1", "2", "none"))
+def test_stages_after_training(capsys, formulation):
+    """Each stage writes its picture or figures, with noise on x_hat too; without a VAE three of them are refused."""
+    none = {k: None for k in ("z_dim", "vae_width")} if formulation == "none" else {}
+    assert command("--run-dir", "r", "--formulation", formulation, "--timesteps", 40, **none) == 0
+    for stage in ("reconstruct", "interpolate", "traverse"):
+        capsys.readouterr()
+        code = command("--run-dir", "r", "--stage", stage, **small(sample_batch=3, cond_noise=0.0 if none else 0.1))
+        if none:
+            assert f"--stage {stage}" in refusal(capsys, code)
+        else:
+            assert code == 0 and Image.open(f"r/{stage}.png").size[0] > 300
+    assert command("--run-dir", "r", "--stage", "eval", **small(sample_batch=3)) == 0
+    out, table = capsys.readouterr().out, json.load(open("r/eval.json"))
+    assert "40 network calls" in out and table.pop("images") == 4 and set(table) == {"KL", "L_T", "L_t", "L_0", "total", "VAE"} - ({"VAE"} if none else set())
+    x = diffusevae.to_float(diffusevae.load_images("shapes", "", 8, "test")[0][:4])
+    model = DiffuseVAE.load("r", "cpu")
+    generators = [torch.Generator().manual_seed(diffusevae.stream(0, "eval", i)) for i in range(4)]
+    for name, values in model.bits_per_dim(x, generators).items():    # in one batch rather than two
+        assert table[name]["mean"] == pytest.approx(values.mean().item(), rel=1e-4)
+        assert table[name]["standard_error"] == pytest.approx(values.std().item() / 2, rel=1e-3, abs=1e-9)
+    if not none:
+        assert table["VAE"]["mean"] == pytest.approx((model.vae.decode(model.encode(x)) - x).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("words, named", (
+    ("--stage reconstruct --num-samples 21", "2 to 20 images"), ("--stage eval --num-samples 1", "2 to 20 images"),
+    ("--stage interpolate --eta 0.5", "--eta 0"), ("--stage traverse --run-dir nowhere", "no run in nowhere")))
+def test_stages_refuse(capsys, words, named):
+    """Too few test images, noise where it would be taken for a change, no run: one sentence each."""
+    assert command("--run-dir", "r") == 0
+    capsys.readouterr()
+    assert named in refusal(capsys, command("--run-dir", "r", *words.split(), **small(num_samples=None)))
+
+
+def test_stages_need_the_second_stage(capsys):
+    """A run with a VAE alone is refused by every stage that draws."""
+    assert command("--run-dir", "r", "--stage", "vae") == 0
+    for stage in ("sample", "reconstruct", "interpolate", "traverse", "eval"):
+        capsys.readouterr()
+        assert "ddpm.pt" in refusal(capsys, command("--run-dir", "r", "--stage", stage, **small()))
 
 
 class Bomb:
