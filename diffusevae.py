@@ -34,8 +34,8 @@ import torch.nn.functional as F
 # --------------------------------------------------------------------------------------------------------
 
 DATASETS = ("shapes", "mnist", "fashion_mnist", "cifar10", "folder")
-TRAINING = ("all", "vae", "ddpm")    # stages that train; the others need a trained model
-STAGES = (*TRAINING, "sample", "reconstruct", "interpolate", "traverse", "eval")
+TRAINED = ("sample", "reconstruct", "interpolate", "traverse", "eval")    # stages of a trained model
+STAGES = ("all", "vae", "ddpm", *TRAINED)
 
 
 def option(group, default, help, takes=None):
@@ -108,11 +108,16 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, takes = getattr(self, f.name), f.metadata["takes"]
+            kinds = {float: (int, float), tuple: (tuple, type(None))}.get(f.type, f.type)
+            if not isinstance(value, kinds):
+                raise ValueError(f"{flag(f.name)} takes {f.type.__name__}, not {value!r}")
             words = takes and isinstance(takes[0], str)
             if takes and not (value in takes if words else takes[0] <= value <= takes[1]):    # nan fails too
                 allowed = ", ".join(takes) if words else f"numbers from {takes[0]} to {takes[1]}"
                 raise ValueError(f"{flag(f.name)} takes {allowed}, not {value}")
         self.run_dir = self.run_dir or f"runs/{self.dataset}"
+        if self.dataset == "shapes" and self.image_size > 128:
+            raise ValueError(f"--image-size takes 8 to 128 for --dataset shapes, not {self.image_size}")
         if not (1 <= len(self.unet_mults) <= 8 and all(1 <= m <= 64 for m in self.unet_mults)):
             raise ValueError(f"--unet-mults takes 1 to 8 numbers from 1 to 64, not {self.unet_mults}")
         if self.steps > self.timesteps:
@@ -186,22 +191,25 @@ def draw_shapes(n, size, seed):
     Place, size and both colours are coarse: a small code holds them. The crisp outline and the phase of the
     stripes are fine: the code drops them, the VAE averages over them, and the DDPM has to draw them.
     """
-    g = torch.Generator().manual_seed(seed)
+    g, axis = torch.Generator().manual_seed(seed), (torch.arange(size) + 0.5) / size * 2 - 1
     uniform = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=g)
-    label, axis = torch.randint(3, (n,), generator=g), (torch.arange(size) + 0.5) / size * 2 - 1
-    x, y = axis.view(1, 1, -1) - uniform(-0.18, 0.18), axis.view(1, -1, 1) - uniform(-0.18, 0.18)
-    radius, hue, ground, phase = uniform(0.55, 0.8), uniform(0, 1), uniform(0, 1), uniform(0, 1)
-    distance = torch.stack([    # from the edge, negative inside, in half images: [3, n, size, size]
-        (x**2 + y**2).sqrt() - radius,
-        torch.maximum(x.abs(), y.abs()) - 0.85 * radius,
-        torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.55 * radius])[label, torch.arange(n)]
+    factors = [torch.randint(3, (n,), generator=g), uniform(-0.18, 0.18), uniform(-0.18, 0.18),
+               uniform(0.55, 0.8), uniform(0, 1), uniform(0, 1), uniform(0, 1)]
     cover = lambda d: (0.5 - d * size / 2).clamp(0, 1)[:, None]    # anti-aliased, [n, 1, size, size]
     colour = lambda h: 0.5 + 0.5 * (2 * math.pi * (h[:, None] + torch.arange(3).view(3, 1, 1) / 3)).cos()
-    stripes = (3 * (2 * math.pi * (1.6 * (x + y) + phase)).sin()).clamp(-1, 1)[:, None]
-    fill, image = (0.25 + 0.75 * colour(hue)) * (0.72 + 0.28 * stripes), 0.1 + 0.35 * colour(ground)
-    for layer, alpha in ((torch.ones(()), cover(distance)), (fill, cover(distance + 0.14))):
-        image = image * (1 - alpha) + layer * alpha
-    return (image * 255).round().to(torch.uint8), label
+    parts = []
+    for label, x, y, radius, hue, ground, phase in zip(*(f.split(500) for f in factors)):
+        x, y = axis.view(1, 1, -1) - x, axis.view(1, -1, 1) - y
+        distance = torch.stack([    # from the edge, negative inside, in half images: [3, n, size, size]
+            (x**2 + y**2).sqrt() - radius,
+            torch.maximum(x.abs(), y.abs()) - 0.85 * radius,
+            torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.55 * radius])[label, torch.arange(len(label))]
+        stripes = (3 * (2 * math.pi * (1.6 * (x + y) + phase)).sin()).clamp(-1, 1)[:, None]
+        fill, image = (0.25 + 0.75 * colour(hue)) * (0.72 + 0.28 * stripes), 0.1 + 0.35 * colour(ground)
+        for layer, alpha in ((torch.ones(()), cover(distance)), (fill, cover(distance + 0.14))):
+            image = image * (1 - alpha) + layer * alpha
+        parts.append((image * 255).round().to(torch.uint8))
+    return torch.cat(parts), factors[0]
 
 
 def load_images(name, data_dir, image_size, split, cache_dir=None):
@@ -244,9 +252,12 @@ def load_folder(folder, size, cache_dir=None):
         raise ValueError(f"there is no folder {folder}: give --data-dir a folder of images")
     files = sorted(p for p in root.rglob("*") if not p.name.startswith(".") and not p.is_dir())
     stamp = repr([size, *((os.fsencode(p), p.lstat().st_size, p.lstat().st_mtime_ns) for p in files)])
-    cache = Path(cache_dir or "", f"images-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy")
+    cache = Path(cache_dir or "", f"images-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npz")
     if cache_dir and cache.exists():
-        return torch.from_numpy(np.load(cache, allow_pickle=False))
+        try:
+            return torch.from_numpy(np.load(cache)["images"])    # a zip file: its checksums are checked
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile):
+            report(f"{cache} is damaged: decoding the images again")
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")    # Pillow's name no file; what cannot be read is named below
         for i, image in enumerate(pool.map(partial(decode_image, size=size), files)):
@@ -259,16 +270,20 @@ def load_folder(folder, size, cache_dir=None):
     if len(images) < 2:
         raise ValueError(f"{folder} holds {len(images)} usable images: 2 or more are needed, one for testing")
     if cache_dir:
-        save_atomic(cache, lambda f: np.save(f, np.stack(images)))
+        save_atomic(cache, lambda f: np.savez(f, images=np.stack(images)))
     return torch.from_numpy(np.stack(images))
 
 
 def decode_image(path, size):
     """An image file -> uint8 [3, size, size]; None if it is damaged, huge or no image."""
     from PIL import Image, ImageOps    # torchvision brings Pillow
+    if not path.is_file():    # a broken link, or a pipe that would be waited for
+        return None
     try:
         with Image.open(path) as im:
-            if im.width * im.height > 2**26 or im.mode == "F":    # a bomb; floats of unknown range
+            if im.width * im.height > 2**26:    # a decompression bomb, or as good as one
+                return None
+            if im.mode == "F" or im.mode == "I" and im.format != "PNG":    # their white is unknown
                 return None
             im = ImageOps.exif_transpose(im)
             if im.mode.startswith("I"):    # 16 bits, which convert() would clip to white
@@ -944,7 +959,7 @@ def train(model, stage, images, run_dir=None, stop=lambda: False):
             state = dict(step=done, model=net.state_dict(), optimizer=optimizer.state_dict(),
                          pending=torch.stack(pending).cpu() if pending else torch.zeros(0))
             if not is_vae:
-                state |= dict(ema=model.unet.state_dict(), vae=fingerprint(model.vae))
+                state |= dict(ema=model.unet.state_dict(), vae=checksum(model.vae and model.vae.state_dict()))
             save_checkpoint(run_dir, stage, c, state)
         if logging:
             yield row
@@ -964,10 +979,28 @@ def stream(seed, name, index):
     return (zlib.crc32(f"{seed} {name}".encode()) + index * 0x9E3779B1) % 2**32
 
 
-def fingerprint(network):
-    """A checksum of a network's weights; 0 for None."""
-    values = [v.detach().cpu().contiguous().numpy() for v in network.state_dict().values()] if network else []
-    return zlib.crc32(b"".join(v.tobytes() for v in values))
+def checksum(value, crc=0):
+    """CRC-32 of nested dictionaries and sequences of tensors and plain values: names, order and content."""
+    if isinstance(value, (dict, list, tuple)):
+        for item in value.items() if isinstance(value, dict) else value:
+            crc = checksum(item, crc)
+        return crc
+    data = value.cpu().contiguous().numpy() if torch.is_tensor(value) else repr(value).encode()
+    return zlib.crc32(data, crc)
+
+
+def hold(folder):
+    """Keep a folder for this process while the returned file is open. Raises ValueError if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        import fcntl    # none on Windows, where two processes in one folder go unnoticed
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process works in {folder}: wait, or take another --run-dir") from None
+    except (ImportError, OSError):    # some network drives lock nothing
+        pass
+    return file
 
 
 def generators(seed, name, indices):
@@ -992,7 +1025,7 @@ def save_atomic(path, write):
 
 def save_json(value, path):
     """Write plain values as JSON, whole or not at all."""
-    save_atomic(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
+    save_atomic(path, lambda f: f.write(json.dumps(value, indent=2).encode()))
 
 
 def bound_options(config, stage):
@@ -1010,6 +1043,7 @@ def refuse_differences(where, has, asked):
 def save_checkpoint(run_dir, stage, config, state):
     """Write <stage>.pt: a dictionary of tensors and plain values, and the options they are bound to."""
     state |= dict(format=FORMAT, stage=stage, options=bound_options(config, stage))
+    state["checksum"] = checksum(state)
     save_atomic(Path(run_dir, f"{stage}.pt"), partial(torch.save, state))
 
 
@@ -1022,17 +1056,18 @@ def load_checkpoint(run_dir, stage, model):
     if not path.exists():
         raise ValueError(f"there is no {path}: train with --stage {stage} first")
     try:
-        with zipfile.ZipFile(path) as archive:    # torch.load alone ignores the archive's checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile
+        with zipfile.ZipFile(path) as archive:    # heeds its checksum, as torch.load does not
+            archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         kind, options = (state["stage"], state["format"]), state["options"]
+        if state.pop("checksum") != checksum(state):
+            raise ValueError
     except Exception as e:    # a damaged archive fails in many ways
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): move it away") from None
     if kind != (stage, FORMAT):
         raise ValueError(f"{path} is of {kind}, not of {(stage, FORMAT)}: move it away")
     refuse_differences(path, options, bound_options(model.config, stage))
-    if "vae" in state and state["vae"] != fingerprint(model.vae):
+    if "vae" in state and state["vae"] != checksum(model.vae and model.vae.state_dict()):
         raise ValueError(f"{path} goes with another VAE than the vae.pt beside it: move one of them away")
     return state
 
@@ -1055,8 +1090,9 @@ def read_options(run_dir):
 def rewind_log(run_dir, stage, done):
     """Drop the rows of log.csv after a checkpoint's step: those steps are taken again."""
     path = Path(run_dir, "log.csv")
-    rows = [r.split(",") for r in path.read_text().splitlines()[1:]] if path.exists() else []
-    rows = [r for r in rows if len(r) == len(LOG_COLUMNS) and (r[0] != stage or int(r[1]) <= done)]
+    rows = [r.split(",") for r in path.read_text(errors="replace").splitlines()[1:]] if path.exists() else []
+    rows = [r for r in rows if len(r) == len(LOG_COLUMNS) and r[1].isdecimal()]    # whole ones
+    rows = [r for r in rows if r[0] != stage or int(r[1]) <= done]
     save_atomic(path, lambda f: f.write("".join(",".join(r) + "\n" for r in [LOG_COLUMNS, *rows]).encode()))
 
 
@@ -1163,7 +1199,7 @@ def gflops(model):
 def settle(given):
     """The options of the command line over the run folder's over the preset -> Config. Raises ValueError."""
     run_dir, source = given.get("run_dir") or f"runs/{given.get('dataset', 'shapes')}", given.get("vae_from")
-    old = Path(run_dir, "config.json").exists() or given.get("stage", "all") not in TRAINING
+    old = Path(run_dir, "config.json").exists() or given.get("stage") in TRAINED
     kept = read_options(run_dir) if old else {}
     if source and not old:
         kept = {k: v for k, v in read_options(source).items() if k in (*VAE_OPTIONS, "data_dir")}
@@ -1181,7 +1217,7 @@ def run(given):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    if c.stage not in TRAINING:
+    if c.stage in TRAINED:
         model = DiffuseVAE.load(run_dir, device.type)
         model.config = c
         return dict(sample=draw_samples, reconstruct=draw_reconstructions, interpolate=draw_interpolations,
@@ -1208,6 +1244,7 @@ def run(given):
     source = c.vae_from if c.vae_from and "vae" not in steps else run_dir
     if plan[0][0] == "ddpm" and model.vae:
         load_checkpoint(source, "vae", model)
+    lock = hold(run_dir)    # until this function ends
     save_json(dict(format=FORMAT, **c.group("model", "training")), run_dir / "config.json")
     if source != run_dir:
         save_atomic(run_dir / "vae.pt", lambda f: f.write(Path(source, "vae.pt").read_bytes()))
@@ -1223,7 +1260,13 @@ def run(given):
         if stage == "ddpm" and model.vae:
             model.vae.load_state_dict(load_checkpoint(run_dir, "vae", model)["model"])
         caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
-        handlers = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
+
+        def note(number, _):
+            if caught:    # the second time at once: a checkpoint is whole or not there
+                raise KeyboardInterrupt(number)
+            caught.append(number)
+
+        handlers = [signal.signal(number, note) for number in numbers]
         try:
             for m in train(model, stage, images, run_dir, stop=lambda: caught):
                 rate, left = m["images_per_s"], (total - m["step"]) * batch / m["images_per_s"] / 60
@@ -1249,7 +1292,7 @@ def load_mixture(model):
         report(f"fitting a mixture of {c.gmm_components} Gaussians to the training latents")
         model.fit_mixture(load_split(c, "train"), c.gmm_components)
         state = vars(model.mixture)
-        save_checkpoint(c.run_dir, "gmm", c, dict(mixture=state, vae=fingerprint(model.vae)))
+        save_checkpoint(c.run_dir, "gmm", c, dict(mixture=state, vae=checksum(model.vae.state_dict())))
     model.mixture = GaussianMixture(c.gmm_components)
     vars(model.mixture).update(state)
 
@@ -1265,9 +1308,9 @@ def draw_samples(model):
         load_mixture(model)
     if c.save_images:
         made = {k: v for k, v in c.group("sampling").items() if k not in ("num_samples", "sample_batch")}
-        made |= dict(seed=c.seed, unet=fingerprint(model.unet))
-        note = folders[0] / "options.json"
-        if note.exists() and json.loads(note.read_text()) != made:
+        made |= dict(seed=c.seed, unet=checksum(model.unet.state_dict()))
+        note, lock = folders[0] / "options.json", hold(folders[0])
+        if note.exists() and note.read_text(errors="replace") != json.dumps(made, indent=2):
             raise ValueError(f"{folders[0]} holds samples of other options or another network: move it away")
         save_json(made, note)
     seen, began = [], time.perf_counter()
@@ -1413,17 +1456,27 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    """The command line -> exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """The command line -> exit code: 0, 2 for what the user can mend, 130 or 143 after Ctrl-C or SIGTERM."""
+    def terminate(number, _):
+        raise KeyboardInterrupt(number)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         run(parse(argv))
         return 0
-    except (ValueError, OSError, torch.OutOfMemoryError) as e:
-        print(f"diffusevae: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("\nstopped: the same command goes on from there", file=sys.stderr)
-        return 130
+        return 128 + (e.args[0] if e.args else signal.SIGINT)
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):    # not the user's to mend
+            raise
+        few = isinstance(e, (MemoryError, RuntimeError))
+        why = "memory does not suffice; take smaller batches, images or networks: " * few + str(e)
+        print("diffusevae:", why.splitlines()[0] if why else repr(e), file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")    # for names in scripts that the terminal lacks
     sys.exit(main())

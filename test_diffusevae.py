@@ -794,6 +794,8 @@ def test_folder_of_all_kinds(tmp_path, capsys):
     Image.fromarray(wide).save(root / "6wide.png")
     Image.fromarray(wide).save(root / "7turned.jpg", exif=turned, quality=100)
     Image.fromarray(red[:1, :1]).save(root / "ünter" / "8one.png")
+    Image.fromarray(red[..., 0].astype(np.int32)).save(root / "range.tiff")    # its white is anywhere
+    os.mkfifo(root / "pipe.png")    # reading it would wait forever
     (root / "note.txt").write_text("no image")
     (root / "broken.png").write_bytes((root / "6wide.png").read_bytes()[:60])
     (root / "nowhere.png").symlink_to(root / "gone.png")
@@ -805,7 +807,14 @@ def test_folder_of_all_kinds(tmp_path, capsys):
     assert x[7, 0, :3].min() > 200 and x[7, 2, 5:].min() > 200    # red above, blue below
     assert (x[8, 0] - 200).abs().max() < 2
     out = capsys.readouterr().out
-    assert "skipped 3 of 12" in out and all(name in out for name in ("note.txt", "broken.png", "nowhere.png"))
+    names = ("note.txt", "broken.png", "nowhere.png", "range.tiff", "pipe.png")
+    assert "skipped 5 of 14" in out and all(name in out for name in names)
+    cache, = (tmp_path / "cache").iterdir()
+    data = bytearray(cache.read_bytes())
+    data[len(data) // 2] ^= 1
+    cache.write_bytes(data)
+    assert torch.equal(diffusevae.load_folder(root, 8, tmp_path / "cache").float(), x)
+    assert "decoding the images again" in capsys.readouterr().out
     assert torch.equal(diffusevae.load_folder(root, 8, tmp_path / "cache").float(), x) and not capsys.readouterr().out
     split = [diffusevae.load_images("folder", root, 8, s)[0] for s in ("train", "test")]
     assert [len(part) for part in split] == [8, 1]
@@ -1038,12 +1047,12 @@ def test_damaged_checkpoints_are_refused(capsys):
                Path("other.pt").read_bytes(), Path("r/vae.pt").read_bytes()]
     for at in rng.integers(200, len(whole) * 3 // 4, 20):    # in the tensors or the padding before them
         damaged.append(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
-    good, accepted = flat(torch.load(path, weights_only=True)), 0
+    good, accepted = flat(torch.load(path, weights_only=True, mmap=True)), 0
     for data in damaged:
         path.write_bytes(data)
         code = diffusevae.main("--run-dir r --stage sample --steps 1 --num-samples 1".split())
         if code == 0:    # a bit of padding, which means nothing
-            loaded, accepted = flat(torch.load(path, weights_only=True)), accepted + 1
+            loaded, accepted = flat(torch.load(path, weights_only=True, mmap=True)), accepted + 1
             assert all(torch.equal(v, loaded[k]) if torch.is_tensor(v) else v == loaded[k] for k, v in good.items())
             capsys.readouterr()
         else:
@@ -1081,6 +1090,139 @@ def test_sigterm_saves_and_continues():
     step = torch.load("r/ddpm.pt", weights_only=True)["step"]
     rows = list(csv.DictReader(open("r/log.csv")))
     assert step >= 2 and [int(r["step"]) for r in rows if r["stage"] == "ddpm"] == list(range(1, step + 1))
+
+
+def test_killed_runs_end_alike():
+    """Killed without warning in both stages and while sampling, a run ends with the very files of an undisturbed one."""
+    words = ["--image-size=8", "--unet-width=4", "--heads=1", "--vae-width=2", "--z-dim=2", "--vae-steps=40", "--ddpm-steps=40",
+             "--batch-size=4", "--vae-batch=4", "--steps=2", "--eta=1", "--dropout=0.1", "--save-every=7", "--log-every=1",
+             "--num-samples=90", "--sample-batch=10", "--save-images", "--device=cpu"]
+    few = "import sys, torch, diffusevae as d; torch.set_num_threads(1); f = d.draw_shapes; " \
+          "d.draw_shapes = lambda n, size, seed: f(n // 500 if n > 5000 else n, size, seed); sys.exit(d.main())"
+    env, kills = {**os.environ, "PYTHONPATH": str(Path(diffusevae.__file__).parent)}, 0
+    for start in ("vae 2", "ddpm 1", "ddpm 3", "drew 4", ""):    # of the line after which to kill
+        run = subprocess.Popen([sys.executable, "-u", "-c", few, *words, "--run-dir=r"], env=env, stdout=subprocess.PIPE, text=True)
+        for line in run.stdout:
+            if start and line.startswith(start):
+                run.kill()
+                kills += 1
+                break
+        run.stdout.read(), run.wait()
+    assert diffusevae.main([*words, "--run-dir=clean"]) == 0 and kills == 4 and run.returncode == 0
+    for name in ("vae.pt", "ddpm.pt"):
+        one, two = (flat(torch.load(f"{r}/{name}", weights_only=True)) for r in ("r", "clean"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(v, two[k]) if torch.is_tensor(v) else v == two[k] for k, v in one.items())
+    one, two = ([row[:-1] for row in csv.reader(open(f"{r}/log.csv"))] for r in ("r", "clean"))
+    assert one == two and len(one) == 81 and files("r/samples") == files("clean/samples") and len(files("r/samples")) == 92
+    assert files("r/vae_samples") == files("clean/vae_samples") and not list(Path("r").rglob("*.tmp"))
+
+
+def test_two_trainings_are_refused(capsys):
+    """While one process has a run folder a second training is refused, and so is a second drawing of its samples."""
+    assert command("--run-dir", "r") == 0
+    before, held = files("r"), diffusevae.hold(Path("r"))
+    capsys.readouterr()
+    assert "another process" in refusal(capsys, command("--run-dir", "r", ddpm_steps=9)) and files("r") == before
+    assert command("--run-dir", "r", "--stage", "sample", "--save-images", **small()) == 0    # beside a training
+    held.close()
+    held = diffusevae.hold(Path("r/samples"))
+    capsys.readouterr()
+    assert "another process" in refusal(capsys, command("--run-dir", "r", "--stage", "sample", "--save-images", **small()))
+    held.close()
+    assert command("--run-dir", "r", ddpm_steps=9) == 0
+
+
+def test_full_disk(capsys):
+    """A disk that takes no more: one sentence, the checkpoint before stays whole, nothing half-written stays."""
+    resource = pytest.importorskip("resource")
+    assert command("--run-dir", "r") == 0
+    before, (soft, hard) = Path("r/ddpm.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        code = command("--run-dir", "r", ddpm_steps=9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "ddpm.pt could not be written" in refusal(capsys, code)
+    assert Path("r/ddpm.pt").read_bytes() == before and not list(Path("r").glob("*.tmp"))
+    assert command("--run-dir", "r", ddpm_steps=9) == 0
+
+
+def test_log_survives_damage():
+    """Half a row, zeros and bytes of no script in log.csv are dropped when the run goes on; whole rows stay."""
+    assert command("--run-dir", "r", "--log-every", 1) == 0
+    with open("r/log.csv", "ab") as f:
+        f.write(b"ddpm,5,0.1\n\0\0\0\0\xff\xfe,,,,,,\nddpm,x,1,1,1,1,1\nddpm,5,0.")
+    assert command("--run-dir", "r", "--log-every", 1, ddpm_steps=6) == 0
+    rows = list(csv.DictReader(open("r/log.csv")))
+    assert [(r["stage"], r["step"]) for r in rows] == [("vae", str(i)) for i in range(1, 5)] + [("ddpm", str(i)) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("change", ("swap", "rename", "drop", "nan", "dtype", "step", "format", "options", "bomb"))
+def test_edited_checkpoints_are_refused(capsys, change):
+    """A checkpoint opened, changed and saved anew is refused by its own checksum, and no code in it runs."""
+    assert command("--run-dir", "r") == 0
+    state = torch.load("r/ddpm.pt", weights_only=True)
+    weights, name, twin = state["ema"], "middle.0.norm.weight", "middle.1.norm.weight"
+    weights |= dict(swap={name: weights[twin], twin: weights[name]}, nan={name: weights[name] * math.nan},
+                    rename={"other": weights[name]}, dtype={name: weights[name].double()}, bomb={"other": Bomb()}).get(change, {})
+    state |= dict(step={"step": 2}, format={"format": 2}, options={"options": {**state["options"], "heads": 2}}).get(change, {})
+    if change in ("drop", "rename"):
+        del weights[name]
+    torch.save(state, "r/ddpm.pt")
+    capsys.readouterr()
+    assert "ddpm.pt" in refusal(capsys, diffusevae.main("--run-dir r --stage sample".split())) and not Path("boom").exists()
+
+
+def test_every_option_at_its_edges():
+    """Each number's smallest and largest value are taken, each word is; what lies beyond is refused by name."""
+    for f in diffusevae.dataclasses.fields(Config):
+        takes = f.metadata["takes"]
+        if takes and isinstance(takes[0], str):
+            assert all(getattr(Config(**{f.name: word, "eta": 1.0 if word == "large" else 0.0, "steps": 1000}), f.name) == word for word in takes)
+            beyond = ("", takes[0] + "x", 3, None)
+        elif takes:
+            small = {"timesteps": dict(steps=1), "steps": dict(timesteps=100_000), "image_size": dict(dataset="cifar10")}
+            for value in takes:
+                assert getattr(Config(**{f.name: value, **small.get(f.name, {})}), f.name) == value
+            gap = 1 if f.type is int else 1e-7
+            beyond = (takes[0] - gap, takes[1] + gap * max(1, takes[1]), math.nan, math.inf, "1", None, -math.inf)
+        else:
+            beyond = {bool: ("yes", 1, None), str: (3, None)}.get(f.type, ("1,2", 3, [1]))
+        for value in beyond:
+            with pytest.raises(ValueError, match=diffusevae.flag(f.name)):
+                Config(**{f.name: value})
+
+
+def test_random_command_lines(capsys):
+    """Options drawn at random, accepted and refused values: done, or one sentence; weights finite, nothing half-written."""
+    rng = np.random.default_rng(5)
+    values = dict(image_size="8 12 16 7 x", z_dim="1 3 0", unet_mults="1 1,2 2,3 0 1,,2", res_blocks="1 2 0", attention="auto none 8 4 3",
+                  heads="1 2 3 0", dropout="0 0.9 1", timesteps="2 5 40 1", schedule="linear cosine geometric sine", predict="eps v x",
+                  formulation="1 2 none 3", vae_batch="1 9 0", lr="1e-9 1 1000 0 nan", vae_lr="1e-9 1000 -1", ema="0 0.999 1", seed="0 4294967295 -1",
+                  warmup="0 1000000 -1", grad_clip="0 1e-3 -1", lr_decay="none cosine exp", precision="auto fp32 bf16 fp16", steps="1 2 40 0",
+                  eta="0 0.5 1 2", spacing="uniform quad trailing log", variance="small large", temperature="0 1 -1", prior="normal gmm",
+                  gmm_components="1 5 0", cond_noise="0 0.3 -1", num_samples="1 5 0", sample_batch="1 65536 0", stage="all vae ddpm fit",
+                  save_every="1 1000 0", log_every="1 1000 0", kl_weight="0 1 -1")
+    codes, figures = collections.Counter(), diffusevae.save_figure
+    diffusevae.save_figure = lambda fig, path: None    # drawing takes most of the time, and is tested elsewhere
+    try:
+        for i in range(60):
+            given = {k: rng.choice(values[k].split()) for k in rng.choice(list(values), 4, replace=False)}
+            flags = rng.choice(["--z-cond", "--no-hflip", "--save-images", "--hflip"], 2, replace=False)
+            capsys.readouterr()
+            code = command("--run-dir", f"r{i}", *flags, **{"timesteps": 20, **given})
+            codes[code] += 1
+            if code:
+                refusal(capsys, code)
+            for path in Path(f"r{i}").glob("*.pt"):
+                leaves = flat(torch.load(path, weights_only=True)).values()
+                assert all(v.isfinite().all() for v in leaves if torch.is_tensor(v)), given
+            assert not list(Path(f"r{i}").rglob("*.tmp"))
+    finally:
+        diffusevae.save_figure = figures
+    assert codes[0] > 10 and codes[2] > 10 and set(codes) == {0, 2}
 
 
 # --------------------------------------------------------------------------------------------------------
