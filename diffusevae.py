@@ -886,7 +886,7 @@ class DiffuseVAE(nn.Module):
 # 8 Training: first the VAE, then the U-Net with the VAE frozen
 # --------------------------------------------------------------------------------------------------------
 
-FORMAT = 1    # of checkpoints and config.json
+FORMAT = 2    # of checkpoints and config.json
 VAE_OPTIONS = ("dataset", "image_size", "z_dim", "vae_width", "kl_weight")    # what a vae.pt is bound to
 LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
 
@@ -1060,10 +1060,11 @@ def load_checkpoint(run_dir, stage, model):
             archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         kind, options = (state["stage"], state["format"]), state["options"]
-        if state.pop("checksum") != checksum(state):
-            raise ValueError
+        whole = kind != (stage, FORMAT) or state.pop("checksum") == checksum(state)
     except Exception as e:    # a damaged archive fails in many ways
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): move it away") from None
+    if not whole:
+        raise ValueError(f"{path} does not have the content it was saved with: move it away")
     if kind != (stage, FORMAT):
         raise ValueError(f"{path} is of {kind}, not of {(stage, FORMAT)}: move it away")
     refuse_differences(path, options, bound_options(model.config, stage))

@@ -1167,7 +1167,7 @@ def test_edited_checkpoints_are_refused(capsys, change):
     weights, name, twin = state["ema"], "middle.0.norm.weight", "middle.1.norm.weight"
     weights |= dict(swap={name: weights[twin], twin: weights[name]}, nan={name: weights[name] * math.nan},
                     rename={"other": weights[name]}, dtype={name: weights[name].double()}, bomb={"other": Bomb()}).get(change, {})
-    state |= dict(step={"step": 2}, format={"format": 2}, options={"options": {**state["options"], "heads": 2}}).get(change, {})
+    state |= dict(step={"step": 2}, format={"format": 1}, options={"options": {**state["options"], "heads": 2}}).get(change, {})
     if change in ("drop", "rename"):
         del weights[name]
     torch.save(state, "r/ddpm.pt")
