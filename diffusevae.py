@@ -764,7 +764,7 @@ class DiffuseVAE(nn.Module):
         """
         z, x_hat = self.draft(x)
         u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1
-        t, noise = (u * self.config.timesteps).long(), torch.randn_like(x)    # t [B]
+        t, noise = (u * self.config.timesteps).long(), randn(x.shape, x)    # t [B]
         x_t = self.diffusion.q_sample(x, t, noise, self.shift(x_hat))
         return F.mse_loss(self.denoiser(x_hat, z, unet)(x_t, t), self.diffusion.target(x, t, noise))
 
