@@ -684,19 +684,24 @@ class GaussianMixture:
         N, K = len(z), self.components
         if N < K or not z.isfinite().all():
             raise ValueError(f"gmm_components {K} needs as many points, all finite, not {N}: take fewer")
-        pick = lambda p: z[torch.multinomial(p.cpu(), 1, generator=generator).item()][None]
-        nearest, centres = torch.ones_like(z[:, 0]), z[:0]
-        for _ in range(K):    # k-means++: a point far from all centres is likely to be the next
-            centres = torch.cat([centres, pick(nearest + 1e-12)])
-            gap = (z - centres[-1]).square().sum(1)
-            nearest = gap if len(centres) == 1 else torch.minimum(nearest, gap)
+        centres, nearest = z[:0], torch.ones_like(z[:, 0])
+        for i in range(K):    # greedy k-means++: of a few points far from all centres the one that helps most
+            far = torch.multinomial((nearest + 1e-12).cpu(), 2 + int(math.log(K)), True, generator=generator)
+            gaps = torch.cdist(z[far.to(z.device)], z).square()    # [trials, N]
+            gaps = torch.minimum(gaps, nearest) if i else gaps
+            best = gaps.sum(1).argmin()
+            centres, nearest = torch.cat([centres, z[far[best.cpu()]][None]]), gaps[best]
         resp = F.one_hot(torch.cdist(z, centres).argmin(1), K).to(z)    # responsibilities [N, K]
         floor = (1e-6 * z.var(0, unbiased=False).mean() + 1e-9) * torch.eye(z.shape[1]).to(z)
         self.history = []
         while len(self.history) < iterations:
             mass = resp.sum(0) + 1e-9
             self.weights, self.means = mass / mass.sum(), resp.T @ z / mass[:, None]
-            covs = [(r[:, None] * (z - m)).T @ (z - m) / n for r, m, n in zip(resp.T, self.means, mass)]
+            covs = []
+            for r, m, n in zip(resp.T, self.means, mass):
+                near = (r > 1e-12).nonzero()[:, 0]    # the rest adds nothing, and is most of the points
+                y = (z[near] - m) * r[near, None].sqrt()
+                covs.append(y.T @ y / n)
             self.chol = torch.linalg.cholesky(torch.stack(covs) + floor)
             joint = self._joint(z)
             self.history.append(joint.logsumexp(1).mean().item())
@@ -708,7 +713,8 @@ class GaussianMixture:
     def _joint(self, z):
         """log(weight times density) of each component at z [N, D] -> [N, K]."""
         inverse = torch.linalg.solve_triangular(self.chol, torch.eye(z.shape[1]).to(z), upper=False)
-        square = torch.stack([((z - m) @ p.T).square().sum(1) for p, m in zip(inverse, self.means)], dim=1)
+        whitened = (torch.addmm(-p @ m, z, p.T) for p, m in zip(inverse, self.means))    # each [N, D]
+        square = torch.stack([torch.linalg.vector_norm(w, dim=1).square() for w in whitened], dim=1)
         logdet = self.chol.diagonal(dim1=1, dim2=2).log().sum(1)
         return self.weights.log() - logdet - 0.5 * (square + z.shape[1] * math.log(2 * math.pi))
 

@@ -5,7 +5,7 @@
 Offline and on the CPU, but for one test that wants CUDA. "5 SE" in a comment is five standard errors of a Monte Carlo
 mean: a right program misses that once in two million draws, and the seeds are fixed besides.
 """
-import collections, copy, csv, inspect, json, math, os, shutil, subprocess, sys
+import collections, copy, csv, inspect, json, math, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -1243,6 +1243,32 @@ def test_pieces_work_pasted_alone(names, use):
     space = {}
     exec(f"{head}{pieces}\nx = torch.zeros(2, 3, 8, 8)\nresult = {use}", space)
     assert space["result"].isfinite().all()
+
+
+def test_notebook(tmp_path, monkeypatch):
+    """train.ipynb, shortened, runs from top to bottom in a fresh kernel, asserts and all, and leaves no file behind."""
+    import nbclient, nbformat
+    home = Path(diffusevae.__file__).parent
+    for name, value in dict(DIFFUSEVAE_FAST="1", PYTHONPATH=str(home), OMP_NUM_THREADS="1").items():
+        monkeypatch.setenv(name, value)
+    book = nbformat.read(home / "train.ipynb", as_version=4)
+    nbclient.NotebookClient(book, timeout=200, resources=dict(metadata=dict(path=str(tmp_path)))).execute()
+    outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 18 and not list(tmp_path.iterdir())
+
+
+def test_notebook_as_stored():
+    """The stored outputs are one run from top to bottom, without error or warning, small, every cell short."""
+    book = json.loads(Path(diffusevae.__file__).with_name("train.ipynb").read_text())
+    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
+    assert 30 <= len(book["cells"]) <= 45 and max(len(cell["source"]) for cell in code) <= 18    # lines, empty ones too
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [o for cell in code for o in cell["outputs"] if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert Path(diffusevae.__file__).with_name("train.ipynb").stat().st_size < 3e6
+    banners = [line[2:].rstrip() for line in Path(diffusevae.__file__).read_text().split("\n") if re.match(r"# \d+ \w", line)]
+    text = "".join("".join(cell["source"]) + "\n" for cell in book["cells"])
+    assert all(f"## {title}\n" in text for title in banners[:8])    # the sections' own titles
 
 
 def test_import_has_no_side_effects():
