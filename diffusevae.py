@@ -1390,13 +1390,13 @@ def draw_interpolations(model):
     if c.prior == "gmm":
         load_mixture(model)
     for k in (slice(0, 2), slice(2, 4)):
-        ends = dict(images=model.invert(x[k]), latents=(model.latents(2, g[k]), model.noise(2, g[k])))
+        ends = {"test images": model.invert(x[k]),
+                "random latents": (model.latents(2, g[k]), model.noise(2, g[k]))}
         for along, words in dict(z="z, x_T fixed", x_T="x_T, z fixed", both="z and x_T").items():
             for name, pair in ends.items():
                 z, x_T = model.path(*pair, 9, along)
                 refined = model.decode(z, x_T, generators(c.seed, "interpolate", [0] * 9))
-                title = f"{dict(images='test images', latents='random latents')[name]}: {words}"
-                grids.append((title, torch.cat([model.vae.decode(z), refined])))
+                grids.append((f"{name}: {words}", torch.cat([model.vae.decode(z), refined])))
     save_figure(draw_grids(grids, 9, 2, ("VAE", "refined")), Path(c.run_dir, "interpolate.png"))
 
 
@@ -1409,7 +1409,7 @@ def draw_traversals(model):
         step = spread[k] / len(codes) ** 0.5 * directions[k]    # one standard deviation
         z = (codes.mean(0) + at[:, None] * step).to(next(model.parameters()))    # [7, z_dim]
         refined = model.decode(z, generator=generators(c.seed, "traverse", [0] * 7))
-        share = spread[k].square() / spread.square().sum()
+        share = spread[k].square() / spread.square().sum().clamp(min=1e-30)    # 0 of 0 for equal images
         title = f"direction {k + 1}, {share:.0%} of the variance"
         grids.append((title, torch.cat([model.vae.decode(z), refined])))
     ticks = [f"{k:+} sd" if k else "mean" for k in at.tolist()]
