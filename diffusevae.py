@@ -1064,7 +1064,7 @@ def load_checkpoint(run_dir, stage, model):
     try:
         with zipfile.ZipFile(path) as archive:    # heeds its checksum, as torch.load does not
             archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         kind, options = (state["stage"], state["format"]), state["options"]
         whole = kind != (stage, FORMAT) or state.pop("checksum") == checksum(state)
     except Exception as e:    # a damaged archive fails in many ways

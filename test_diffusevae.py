@@ -1042,9 +1042,10 @@ def test_damaged_checkpoints_are_refused(capsys):
     whole = path.read_bytes()
     torch.save(dict(bomb=Bomb()), "bomb.pt")
     torch.save(dict(some="thing"), "other.pt")
+    torch.save(torch.zeros(3), "tensor.pt")
     rng = np.random.default_rng(0)
     damaged = [b"", whole[:100], whole[:len(whole) // 2], whole[:-1], Path("bomb.pt").read_bytes(),
-               Path("other.pt").read_bytes(), Path("r/vae.pt").read_bytes()]
+               Path("other.pt").read_bytes(), Path("tensor.pt").read_bytes(), Path("r/vae.pt").read_bytes()]
     for at in rng.integers(200, len(whole) * 3 // 4, 20):    # in the tensors or the padding before them
         damaged.append(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
     good, accepted = flat(torch.load(path, weights_only=True, mmap=True)), 0
