@@ -5,7 +5,7 @@
 Offline and on the CPU, but for one test that wants CUDA. "5 SE" in a comment is five standard errors of a Monte Carlo
 mean: a right program misses that once in two million draws, and the seeds are fixed besides.
 """
-import collections, copy, csv, inspect, json, math, os, re, shutil, subprocess, sys
+import collections, csv, inspect, io, itertools, json, math, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -362,10 +362,9 @@ def test_bits_per_dim(shifted):
         calls.append((int(t[0]), y.numpy(), eps.numpy()))
         return eps
 
-    seen = []
-    got = d.bits_per_dim(net, x0, shift, torch.Generator().manual_seed(2), seen.append)
+    got = d.bits_per_dim(net, x0, shift, torch.Generator().manual_seed(2))
     expected = bound_by_hand(betas, x0.numpy(), calls)
-    assert sorted(seen) == sorted(t for t, *_ in calls) == list(range(T))
+    assert sorted(t for t, *_ in calls) == list(range(T))
     for name, value in expected.items():    # erf in the tails of a bin loses a few digits
         np.testing.assert_allclose(got[name].numpy(), value, rtol=1e-6, err_msg=name)
     np.testing.assert_allclose(got["total"].numpy(), sum(expected.values()), rtol=1e-6)
@@ -473,11 +472,10 @@ def test_unet_sees_its_inputs():
 
 
 @pytest.mark.parametrize("size, mults, asked, expected", (
-    (32, (1, 1, 1), None, {16: 5, 8: 1}), (16, (1, 1), None, {16: 5, 8: 1}), (32, (1, 1), None, {16: 6}),
-    (24, (1, 1, 1), None, {6: 6}), (16, (1, 1, 1), (8,), {8: 5, 4: 1}), (16, (1, 1, 1), (16, 4), {16: 5, 4: 6}),
-    (16, (1, 1, 1), (), {4: 1})))
+    (32, (1, 1, 1), (16,), {16: 5, 8: 1}), (32, (1, 1), (16,), {16: 6}), (16, (1, 1, 1), (8,), {8: 5, 4: 1}),
+    (16, (1, 1, 1), (16, 4), {16: 5, 4: 6}), (16, (1, 1, 1), (), {4: 1})))
 def test_attention_is_where_it_is_asked_for(size, mults, asked, expected):
-    """Hooks count the maps that attend: 2 down and 3 up at each asked size, 1 in the middle; 16 or the smallest if unasked."""
+    """Hooks count the maps that attend: 2 down and 3 up at each asked size, 1 in the middle."""
     net, seen = UNet(size, 1, 0, 4, mults, 2, asked, heads=1), collections.Counter()
     for module in net.modules():
         if isinstance(module, diffusevae.Attention):
@@ -612,12 +610,12 @@ def tiny(**options):
     return Config.preset("shapes", **{**TINY, "hflip": True, "log_every": 2, "save_every": 3, **options})
 
 
-def finish(config, images, run_dir=None, stop=lambda: False):
+def finish(config, images):
     """A model built from the seed and trained through its stages; returns it and all rows."""
     torch.manual_seed(config.seed)
     model = DiffuseVAE(config)
     stages = ("vae", "ddpm") if model.vae else ("ddpm",)
-    return model, [row for stage in stages for row in diffusevae.train(model, stage, images, run_dir, stop)]
+    return model, [row for stage in stages for row in diffusevae.train(model, stage, images)]
 
 
 @pytest.mark.parametrize("formulation, predict", (("1", "v"), ("2", "eps"), ("none", "v")))
@@ -643,24 +641,40 @@ def test_formulation_2_loss_is_that_of_formulation_1():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)    # float32, summed in another order
 
 
+def test_stage_2_is_shown_draws_and_every_t():
+    """The network sees decode(z) with z ~ q(z|x) (mean and spread of q), and t evenly in 0..T-1, the last included."""
+    model, n = DiffuseVAE(tiny(z_cond=True, timesteps=50)), 4000
+    perturbed(model.vae, 0.3)
+    x, seen = (torch.rand(1, 3, 8, 8) * 2 - 1).expand(n, -1, -1, -1), {}
+
+    def probe(x_t, t, x_hat, z):
+        seen.update(t=t, x_hat=x_hat, z=z)
+        return x_t
+
+    model.loss(x, probe)
+    mu, logvar = model.vae.encode(x[:1])
+    sd = (logvar[0] / 2).exp()
+    assert ((seen["z"].mean(0) - mu[0]).abs() < 5 * sd / n**0.5).all()    # 5 SE
+    assert ((seen["z"].std(0) / sd - 1).abs() < 5 / (2 * n)**0.5).all()    # 5 SE of a standard deviation
+    assert torch.equal(seen["x_hat"], model.vae.decode(seen["z"]))
+    counts = torch.bincount(seen["t"], minlength=50)
+    assert len(counts) == 50 and (counts - n / 50).abs().max() <= 1    # spread evenly, so each t comes up 80 times
+
+
 def test_ema_and_learning_rate_by_hand():
     """The average and the rates follow their closed forms: (1 + n) / (10 + n) up to `ema`; warm-up, then a cosine."""
-    c = tiny(ddpm_steps=40, warmup=4, ema=0.5, log_every=1)
+    c = tiny(ddpm_steps=40, warmup=4, ema=0.7, log_every=1)    # the warm-up ends in the middle, at step 20
     torch.manual_seed(0)
     model, images = DiffuseVAE(c), diffusevae.draw_shapes(8, 8, 0)[0]
-    average, weights = [p.clone() for p in model.unet.parameters()], []
-    copied = copy.deepcopy
-    try:
-        copy.deepcopy = lambda net: weights.append(copied(net)) or weights[-1]    # get hold of the trained network
-        for n, row in enumerate(diffusevae.train(model, "ddpm", images)):
-            decay = min(0.5, (1 + n) / (10 + n))
-            average = [decay * a + (1 - decay) * p.detach() for a, p in zip(average, weights[0].parameters())]
-            rate = c.lr * min(1, (n + 1) / 5) * (0.5 + 0.5 * math.cos(math.pi * max(0, n - 4) / 36))
-            assert row["lr"] == pytest.approx(rate)
-    finally:
-        copy.deepcopy = copied
-    for a, p in zip(average, model.unet.parameters()):
-        assert torch.allclose(a, p, atol=1e-6)
+    average = {name: p.clone() for name, p in model.unet.named_parameters()}
+    for n, row in enumerate(diffusevae.train(model, "ddpm", images)):
+        decay = min(0.7, (1 + n) / (10 + n))
+        for name, weights in model.state["trained"].items():
+            average[name] = decay * average[name] + (1 - decay) * weights
+        rate = c.lr * min(1, (n + 1) / 5) * (0.5 + 0.5 * math.cos(math.pi * max(0, n - 4) / 36))
+        assert row["lr"] == pytest.approx(rate)
+        for name, p in model.unet.named_parameters():    # at every step: a wrong start would wash out
+            assert torch.allclose(average[name], p, atol=1e-6), (n, name)
 
 
 def flat(value, name=""):
@@ -672,25 +686,34 @@ def flat(value, name=""):
     return {name: value}
 
 
+def alike(one, two, but=("images_per_s", "run_dir")):
+    """Whether two checkpoints hold the same, to the bit, except for times and places."""
+    one, two = (flat(torch.load(path, weights_only=True)) for path in (one, two))
+    same = lambda a, b: torch.equal(a, b) if torch.is_tensor(a) else a == b
+    return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one if not k.endswith(but))
+
+
 @pytest.mark.parametrize("formulation", ("1", "none"))
-def test_resume_is_bit_identical(tmp_path, formulation):
-    """Stopped after every third step and continued, a run ends with the very checkpoints and log of one in one go."""
-    c, images = tiny(formulation=formulation, vae_steps=10, ddpm_steps=10, dropout=0.2), diffusevae.draw_shapes(9, 8, 0)[0]
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    finish(c, images, tmp_path / "a")
-    for stage in ("vae", "ddpm")[formulation == "none":]:
-        for _ in range(4):
-            torch.manual_seed(c.seed)
-            model, count = DiffuseVAE(c), iter(range(99))
-            if stage == "ddpm" and model.vae:
-                model.vae.load_state_dict(diffusevae.load_checkpoint(tmp_path / "b", "vae", model)["model"])
-            list(diffusevae.train(model, stage, images, tmp_path / "b", stop=lambda: next(count) == 2))
-        a, b = (flat(torch.load(tmp_path / run / f"{stage}.pt", weights_only=True)) for run in "ab")
-        assert a.keys() == b.keys() and b["/step"] == 10
-        for key in a:
-            assert torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key], key
-    logs = [[row[:-1] for row in csv.reader((tmp_path / run / "log.csv").open())] for run in "ab"]    # without speed
-    assert logs[0] == logs[1]
+def test_resume_is_bit_identical(formulation):
+    """Left after every row and continued from the file, a run ends with the very checkpoint of one in one go."""
+    words = f"--formulation {formulation} --dropout 0.2 --vae-steps 10 --ddpm-steps 10 --log-every 3 --save-every 1"
+    options = {k: None for k in ("vae_steps", "ddpm_steps")}
+    assert command("--run-dir", "a", *words.split(), **options) == 0
+    train = diffusevae.train
+    try:
+        for rows in range(1, 9):    # let go after a row, as a kill between two checkpoints would
+            def short(model, stage, images):
+                yield from itertools.islice(train(model, stage, images), 1)
+                if model.state["steps"][stage] < 10:
+                    raise KeyboardInterrupt
+            diffusevae.train = short
+            if command("--run-dir", "b", *words.split(), **options) == 0:
+                break
+    finally:
+        diffusevae.train = train
+    assert rows == (7 if formulation == "1" else 4) and alike("a/model.pt", "b/model.pt")
+    logs = [[row[:-1] for row in csv.reader(open(f"{run}/log.csv"))] for run in "ab"]    # without speed
+    assert logs[0] == logs[1] and len(logs[0]) == (9 if formulation == "1" else 5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -702,11 +725,17 @@ def test_cuda_trains():
     assert all(math.isfinite(r["loss"]) for stage in ("vae", "ddpm") for r in diffusevae.train(model, stage, images))
 
 
+def with_prior(model):
+    """The model with a mixture fitted to some codes."""
+    model.mixture = GaussianMixture(2).fit(torch.randn(50, model.config.z_dim))
+    return model
+
+
 @pytest.mark.parametrize("options", (dict(), dict(formulation="2"), dict(z_cond=True), dict(z_cond=True, formulation="2")))
 def test_latent_codes_and_back(options):
     """decode(invert(x)) returns x to the inversion's accuracy, whatever the VAE; interpolations end at reconstructions."""
     torch.manual_seed(0)
-    model = perturbed(DiffuseVAE(tiny(timesteps=100, **options)), 0.02).eval()
+    model = with_prior(perturbed(DiffuseVAE(tiny(timesteps=100, **options)), 0.02).eval())
     x = torch.rand(2, 3, 8, 8) - 0.5
     again = model.reconstruct(x, invert=True, steps=50)
     assert torch.allclose(again, x, atol=0.02)
@@ -714,6 +743,29 @@ def test_latent_codes_and_back(options):
     g = torch.Generator().manual_seed(1)
     assert model.reconstruct(x, generator=g).shape == model.sample(2).shape == x.shape
     assert model.sample(1, steps=1).shape == (1, 3, 8, 8)    # a batch of one
+
+
+def test_what_a_model_lacks_is_named():
+    """A prior not yet fitted, codes without a VAE, z_cond without z: a ValueError that says what to do."""
+    with pytest.raises(ValueError, match="prior"):
+        DiffuseVAE(tiny()).sample(2)
+    assert DiffuseVAE(tiny()).sample(2, prior="normal").shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="no VAE"):
+        DiffuseVAE(tiny(formulation="none")).encode(torch.zeros(1, 3, 8, 8))
+    model = DiffuseVAE(tiny(z_cond=True))
+    with pytest.raises(ValueError, match="z_cond"):
+        model.refine(torch.zeros(1, 3, 8, 8))
+    assert model.refine(torch.zeros(1, 3, 8, 8), z=torch.zeros(1, 2)).shape == (1, 3, 8, 8)
+
+
+def test_sampling_heeds_precision():
+    """bf16 is another result than fp32, but by a few grey levels: 8 bits of mantissa, sums in fp32."""
+    torch.manual_seed(0)
+    model = with_prior(perturbed(DiffuseVAE(tiny(unet_width=16)), 0.05))
+    z, x_T = torch.randn(16, 2), torch.randn(16, 3, 8, 8)
+    exact, half = (model.decode(z, x_T, steps=10, precision=p) for p in ("fp32", "bf16"))
+    gap = (exact - half).abs() * 127.5    # in grey levels
+    assert half.dtype == torch.float32 and 0 < gap.mean() < 1.5 and gap.max() < 30
 
 
 def test_joint_bound_adds_the_codes_price():
@@ -757,6 +809,18 @@ def test_noise_on_x_hat_is_of_the_asked_size():
     assert torch.equal(seen[0], seen[1])
 
 
+def test_stochastic_reconstruction_starts_from_the_forward_process():
+    """Its x_T is a draw from q(x_T|x): mean sqrt(a_{T-1}) x, variance 1 - a_{T-1}."""
+    model, n = DiffuseVAE(tiny(timesteps=10)), 5000
+    x, seen = torch.full((1, 3, 8, 8), 0.9).expand(n, -1, -1, -1), []
+    model.decode = lambda z, x_T, generator, **options: seen.append(x_T)
+    model.reconstruct(x)
+    a = model.diffusion.alpha_bar[9].item()
+    size = seen[0].numel()
+    assert abs(seen[0].mean() - a**0.5 * 0.9) < 5 * (1 - a)**0.5 / size**0.5    # 5 SE
+    assert abs(seen[0].var() / (1 - a) - 1) < 5 * (2 / size)**0.5
+
+
 # --------------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------------
@@ -777,8 +841,8 @@ def test_uint8_round_trip():
     assert diffusevae.to_uint8(torch.tensor([-9.0, 9.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
 
 
-def test_folder_of_all_kinds(tmp_path, capsys):
-    """Each kind of image becomes what a viewer shows; the rest is counted and named; the decoded images are kept."""
+def test_folder_of_all_kinds(tmp_path, capsys, monkeypatch):
+    """Each kind of image becomes what a viewer shows; the rest is counted and named; one file in twenty is for testing."""
     root = tmp_path / "photos"
     (root / "ünter").mkdir(parents=True)
     red, wide = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 40, 3), np.uint8)
@@ -799,105 +863,20 @@ def test_folder_of_all_kinds(tmp_path, capsys):
     (root / "note.txt").write_text("no image")
     (root / "broken.png").write_bytes((root / "6wide.png").read_bytes()[:60])
     (root / "nowhere.png").symlink_to(root / "gone.png")
-    x = diffusevae.load_folder(root, 8, tmp_path / "cache").float()
+    split = [len(diffusevae.load_images("folder", root, 8, s)[0]) for s in ("train", "test")]
+    assert sum(split) == 9 and split[1] == 1
+    capsys.readouterr()
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n).roll(-1))    # the test image comes last
+    x = torch.cat([diffusevae.load_images("folder", root, 8, s)[0] for s in ("test", "train")]).float()
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("note.txt", "broken.png", "nowhere.png", "range.tiff", "pipe.png"))
     assert x.shape == (9, 3, 8, 8)
+    x = x.roll(1, 0)    # files 1, 2, ... and 0 at last, back in order
     for i, colour in enumerate(((200, 0, 0), (200, 0, 0), (200, 0, 0), (128,) * 3, (77,) * 3, (255,) * 3)):
         assert (x[i].mean((1, 2)) - torch.tensor(colour)).abs().max() < 6, i    # JPEG and CMYK are inexact
     assert x[6, 0, :, :3].min() > 200 and x[6, 2, :, 5:].min() > 200    # red on the left, blue on the right
     assert x[7, 0, :3].min() > 200 and x[7, 2, 5:].min() > 200    # red above, blue below
     assert (x[8, 0] - 200).abs().max() < 2
-    out = capsys.readouterr().out
-    names = ("note.txt", "broken.png", "nowhere.png", "range.tiff", "pipe.png")
-    assert "skipped 5 of 14" in out and all(name in out for name in names)
-    cache, = (tmp_path / "cache").iterdir()
-    data = bytearray(cache.read_bytes())
-    data[len(data) // 2] ^= 1
-    cache.write_bytes(data)
-    assert torch.equal(diffusevae.load_folder(root, 8, tmp_path / "cache").float(), x)
-    assert "decoding the images again" in capsys.readouterr().out
-    assert torch.equal(diffusevae.load_folder(root, 8, tmp_path / "cache").float(), x) and not capsys.readouterr().out
-    split = [diffusevae.load_images("folder", root, 8, s)[0] for s in ("train", "test")]
-    assert [len(part) for part in split] == [8, 1]
-
-
-# --------------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------------
-
-
-def command(*args, **options):
-    """Run the command line with TINY options, and return its exit code."""
-    words = [f"--{k.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-             for k, v in {**TINY, **options}.items() if v is not None]
-    return diffusevae.main([*map(str, args), *words])
-
-
-def files(folder):
-    """Every file below a folder with its bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
-
-
-def small(**options):
-    """Options of `command` for a stage that reads the model back from its run folder."""
-    return {**{k: None for k in TINY}, "steps": 2, "num_samples": 4, **options}
-
-
-def test_command_line_end_to_end(capsys):
-    """Train, repeat without training, extend, sample: the run folder holds what the README says."""
-    assert command("--run-dir", "r") == 0
-    before = files("r")
-    assert {"config.json", "vae.pt", "ddpm.pt", "log.csv", "curves.png", "samples.png"} <= set(before)
-    assert command("--run-dir", "r") == 0
-    assert files("r")["ddpm.pt"] == before["ddpm.pt"] and files("r")["log.csv"] == before["log.csv"]
-    assert command("--run-dir", "r", ddpm_steps=6) == 0
-    steps = [(r["stage"], r["step"]) for r in csv.DictReader(open("r/log.csv"))]
-    assert steps == [("vae", "4"), ("ddpm", "4"), ("ddpm", "6")]
-    assert command("--run-dir", "r", "--stage", "sample", **small()) == 0
-    model = DiffuseVAE.load("r", "cpu")
-    assert model.decode(torch.zeros(3, 2), steps=1).shape == (3, 3, 8, 8) and not model.unet.training
-
-
-def test_samples_do_not_depend_on_the_batch():
-    """Image i is the same to a grey level in batches of 1, 3 and 7, with noise at every step; what is there is kept."""
-    assert command("--run-dir", "r", "--stage", "all") == 0
-    shots = []
-    for batch in (7, 1, 3):
-        assert command("--run-dir", "r", "--stage", "sample", "--save-images", "--eta=1",
-                       **small(num_samples=7, sample_batch=batch)) == 0
-        shots.append(np.stack([np.asarray(Image.open(f"r/samples/{i:06}.png")).astype(int) for i in range(7)]))
-        assert abs(shots[0] - shots[-1]).max() <= 1 and np.ptp(shots[-1], axis=0).max() > 9
-        assert len(files("r/vae_samples")) == 7
-        shutil.rmtree("r/samples")
-    diffusevae.main("--run-dir r --stage sample --save-images --eta 1 --steps 2 --num-samples 70 --sample-batch 2".split())
-    whole = files("r/samples")
-    os.remove("r/samples/000066.png"), os.remove("r/samples/000003.png")
-    kept = os.stat("r/samples/000068.png").st_mtime_ns
-    diffusevae.main("--run-dir r --stage sample --save-images --eta 1 --steps 2 --num-samples 70 --sample-batch 2".split())
-    assert files("r/samples") == whole and os.stat("r/samples/000068.png").st_mtime_ns == kept
-
-
-@pytest.mark.parametrize("words", ("--formulation 2 --z-cond", "--formulation none --predict eps --spacing quad",
-                                   "--prior gmm --gmm-components 3 --cond-noise 0.1", "--schedule geometric --eta 1",
-                                   "--attention 8,4 --formulation 1 --no-hflip --lr-decay none --grad-clip 0",
-                                   "--timesteps 20 --steps 20 --eta 1 --variance large --image-size 10",
-                                   "--timesteps 5 --steps 5"))
-def test_options_work(words):
-    """Unusual options, together, train and sample, and then sample again from the run folder alone."""
-    given = [w[2:].replace("-", "_") for w in words.split() if w.startswith("--")]
-    given += ["z_dim", "vae_width"] if "none" in words else []
-    assert command("--run-dir", "r", *words.split(), **{k: None for k in given if k in TINY}) == 0
-    assert Path("r/samples.png").exists()
-    assert command("--run-dir", "r", "--stage", "sample", **small(steps=2)) == 0
-
-
-def test_vae_from():
-    """A run with --vae-from has the other run's VAE, file for file, and its options; it is complete by itself."""
-    assert command("--run-dir", "a", "--stage", "vae") == 0
-    options = {k: None for k in ("z_dim", "vae_width", "image_size")}
-    assert command("--run-dir", "b", "--vae-from", "a", **options) == 0
-    assert Path("b/vae.pt").read_bytes() == Path("a/vae.pt").read_bytes()
-    shutil.rmtree("a")
-    assert command("--run-dir", "b", "--stage", "sample", **small()) == 0
 
 
 @pytest.mark.parametrize("name, kind", (("cifar10", "CIFAR10"), ("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")))
@@ -914,60 +893,171 @@ def test_torchvision_data_sets(monkeypatch, name, kind):
         assert torch.equal(x, torch.from_numpy(raw).permute(0, 3, 1, 2))
     else:
         assert x.shape == (6, 1, 32, 32) and torch.equal(x[:, 0, 2:30, 2:30], raw) and x[:, :, :2].max() == 0
-    assert diffusevae.load_images(name, "d", 16, "test")[0].shape[2:] == (16, 16)
+    small = diffusevae.load_images(name, "d", 16, "test")[0]
+    assert small.shape[2:] == (16, 16) and small.dtype == torch.uint8
+    assert (small.float().mean() - x.float().mean()).abs() < 2    # averaged, not picked: noise keeps its mean
+
+
+# --------------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------------
+
+
+def command(*args, **options):
+    """Run the command line with TINY options, and return its exit code."""
+    words = [f"--{k.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+             for k, v in {**TINY, **options}.items() if v is not None]
+    try:
+        return diffusevae.main([*map(str, args), *words])
+    except SystemExit as e:    # argparse's own way
+        return e.code
+
+
+def files(folder):
+    """Every file below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def small(**options):
+    """Options of `command` for a stage that reads the model back from its run folder."""
+    return {**{k: None for k in TINY}, "steps": 2, "num_samples": 4, **options}
+
+
+def test_command_line_end_to_end(capsys):
+    """Train, repeat without training, extend, sample: the run folder holds what the README says."""
+    assert command("--run-dir", "r") == 0
+    before = files("r")
+    assert set(before) == {"model.pt", "config.json", "log.csv", "curves.png", "samples.png"}
+    assert command("--run-dir", "r") == 0
+    assert files("r")["model.pt"] == before["model.pt"] and files("r")["log.csv"] == before["log.csv"]
+    assert command("--run-dir", "r", ddpm_steps=6) == 0
+    steps = [(r["stage"], r["step"]) for r in csv.DictReader(open("r/log.csv"))]
+    assert steps == [("vae", "4"), ("ddpm", "4"), ("ddpm", "6")]
+    assert json.load(open("r/config.json"))["ddpm_steps"] == 6
+    for name in ("config.json", "log.csv", "curves.png"):    # for people: nothing reads them
+        os.remove(f"r/{name}")
+    assert command("--run-dir", "r", "--stage", "sample", **small()) == 0
+    model = DiffuseVAE.load("r", "cpu")
+    assert model.decode(torch.zeros(3, 2), steps=1).shape == (3, 3, 8, 8) and not model.unet.training
+    assert model.sample(3, steps=1).shape == (3, 3, 8, 8)    # from the mixture, which comes with the run
+    capsys.readouterr()
+    message = refusal(capsys, command("--run-dir", "r", vae_steps=9))
+    assert "goes with its VAE" in message
+
+
+def test_stages_one_by_one():
+    """--stage vae trains one stage and its prior, --stage ddpm whatever is missing of both, without samples."""
+    assert command("--run-dir", "r", "--stage", "vae") == 0
+    state = torch.load("r/model.pt", weights_only=True)
+    assert state["steps"] == dict(vae=4, ddpm=0) and state["mixture"]["means"].shape == (10, 2)
+    assert command("--run-dir", "r", "--stage", "ddpm") == 0 and not Path("r/samples.png").exists()
+    assert command("--run-dir", "s", "--stage", "ddpm") == 0 and alike("r/model.pt", "s/model.pt")
+
+
+def test_another_mixture():
+    """--gmm-components at a later command fits another prior, for that command alone; training on keeps it."""
+    assert command("--run-dir", "r") == 0
+    before = Path("r/model.pt").read_bytes()
+    assert command("--run-dir", "r", "--stage", "sample", "--gmm-components", 3, **small()) == 0
+    assert Path("r/model.pt").read_bytes() == before
+    assert command("--run-dir", "r", "--gmm-components", 3) == 0
+    assert DiffuseVAE.load("r", "cpu").mixture.means.shape == (3, 2)
+
+
+def test_samples_do_not_depend_on_the_batch():
+    """Image i is the same to a grey level in batches of 1, 3 and 7, with noise at every step; what is there is kept."""
+    assert command("--run-dir", "r", "--stage", "all") == 0
+    shots = []
+    for batch in (7, 1, 3):
+        assert command("--run-dir", "r", "--stage", "sample", "--save-images", "--eta=1",
+                       **small(num_samples=7, sample_batch=batch)) == 0
+        shots.append(np.stack([np.asarray(Image.open(f"r/samples/{i:06}.png")).astype(int) for i in range(7)]))
+        assert abs(shots[0] - shots[-1]).max() <= 1 and np.ptp(shots[-1], axis=0).max() > 9
+        assert len(files("r/vae_samples")) == 7
+        shutil.rmtree("r/samples")
+    words = "--run-dir r --stage sample --save-images --eta 1 --steps 2 --num-samples 70 --sample-batch 2".split()
+    assert diffusevae.main(words) == 0
+    whole = files("r/samples")
+    os.remove("r/samples/000066.png"), os.remove("r/samples/000003.png")
+    kept = os.stat("r/samples/000068.png").st_mtime_ns
+    assert diffusevae.main(words) == 0
+    again = files("r/samples")
+    assert again.keys() == whole.keys() and os.stat("r/samples/000068.png").st_mtime_ns == kept
+    for name in ("000003.png", "000066.png"):    # drawn in a smaller batch: to a grey level
+        a, b = (np.asarray(Image.open(io.BytesIO(x[name]))).astype(int) for x in (whole, again))
+        assert abs(a - b).max() <= 1
+
+
+def test_samples_of_other_options_are_refused(capsys):
+    """PNGs of another sampler or another network are not mixed into a folder."""
+    assert command("--run-dir", "r") == 0
+    words = ("--run-dir", "r", "--stage", "sample", "--save-images")
+    assert command(*words, **small()) == 0
+    before = files("r/samples")
+    for more, options in (((), small(steps=3)), (("--prior", "normal"), small())):
+        capsys.readouterr()
+        assert "samples of other options" in refusal(capsys, command(*words, *more, **options)) and files("r/samples") == before
+    assert command("--run-dir", "r", ddpm_steps=5) == 0
+    capsys.readouterr()
+    assert "another network" in refusal(capsys, command(*words, **small()))
+
+
+@pytest.mark.parametrize("words", ("--formulation 2 --z-cond", "--formulation none --predict eps --spacing quad --z-cond --cond-noise 1",
+                                   "--prior normal --cond-noise 0.1", "--schedule geometric --eta 1 --precision bf16",
+                                   "--attention 8,4 --formulation 1 --no-hflip --lr-decay none --grad-clip 0",
+                                   "--timesteps 20 --steps 20 --eta 1 --variance large --image-size 10",
+                                   "--timesteps 5 --steps 5 --gmm-components 3"))
+def test_options_work(words):
+    """Unusual options, together, train and sample, and then sample again from the run folder alone."""
+    given = [w[2:].replace("-", "_") for w in words.split() if w.startswith("--")]
+    assert command("--run-dir", "r", *words.split(), **{k: None for k in given if k in TINY}) == 0
+    assert Path("r/samples.png").exists()
+    assert command("--run-dir", "r", "--stage", "sample", **small(steps=2)) == 0
 
 
 def refusal(capsys, code):
-    """The one line on standard error of a command that ended with exit code 2."""
+    """The message on standard error of a command that ended with exit code 2: a sentence, after argparse's usage if any."""
     err = capsys.readouterr().err
-    assert code == 2 and err.startswith("diffusevae: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    lines = [line for line in err.splitlines() if not line.startswith("usage: ")]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("diffusevae") or "error:" in lines[0], err
+    assert "Traceback" not in err
     return err
 
 
 @pytest.mark.parametrize("words, named", (
-    ("--dataset lsun", "--dataset takes shapes"), ("--dataset folder --data-dir nowhere", "no folder nowhere"),
+    ("--dataset lsun", "--dataset takes shapes"), ("--dataset folder --data-dir nowhere --attention none", "no folder nowhere"),
     ("--image-size 9", "image_size 9"), ("--attention 5", "attention at 5"), ("--heads 3", "heads"),
-    ("--steps 0", "--steps takes"), ("--steps -1", "--steps takes"), ("--steps 1001", "--steps takes"),
+    ("--steps 0", "--steps takes"), ("--steps -1", "--steps takes"), ("--steps 1001", "steps must be from 1 to 1000"),
     ("--eta 1.5", "--eta takes"), ("--eta -0.1", "--eta takes"), ("--eta nan", "--eta takes"), ("--lr inf", "--lr takes"),
-    ("--variance large", "--variance large"), ("--variance large --eta 1", "--variance large"),
-    ("--prior gmm --gmm-components 101", "--gmm-components"), ("--stage sample", "no run in r"),
-    ("--vae-from nowhere", "no run in nowhere"), ("--frobnicate 3", "--frobnicate"), ("--z-dim x", "--z-dim"),
-    ("--formulation none --z-cond", "--z-cond"), ("--formulation none --stage vae", "--formulation none"),
-    ("--unet-mults 0,1", "--unet-mults"), ("--unet-mults 1,x", "numbers value: '1,x'"), ("--timesteps 1", "--timesteps"), ("--schedule cubic", "--schedule takes"),
+    ("--variance large", "variance must be small"), ("--variance large --eta 1", "variance must be small"),
+    ("--stage sample", "no run in r"), ("--frobnicate 3", "--frobnicate"), ("--z-dim x", "--z-dim"),
+    ("--unet-mults 0,1", "--unet-mults"), ("--unet-mults 1,x", "numbers value: '1,x'"), ("--timesteps 1", "--timesteps"),
+    ("--schedule cubic", "--schedule takes"), ("--stage traverse --run-dir nowhere", "no run in nowhere"),
     pytest.param("--device cuda", "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
 ))
 def test_refusals(capsys, words, named):
     """Bad input is one sentence that names it, exit code 2, and nothing is written."""
     given = [w[2:].replace("-", "_") for w in words.split() if w.startswith("--")]
-    if "--formulation none" in words:
-        given += ["z_dim", "vae_width"]
     code = command("--run-dir", "r", *words.split(), **{k: None for k in given if k in TINY})
     assert named in refusal(capsys, code) and not Path("r").exists()
 
 
-def test_refused_runs_leave_nothing_behind(capsys):
-    """A U-Net without its VAE, a VAE that is not there, a mixture too large: the folders are as before."""
-    assert command("--run-dir", "v", "--stage", "vae") == 0
-    os.remove("v/vae.pt")
-    none = {k: None for k in ("z_dim", "vae_width", "image_size")}
-    for words, options in (("--run-dir a --stage ddpm", {}), ("--run-dir a --vae-from v", none)):
-        capsys.readouterr()
-        assert "vae.pt" in refusal(capsys, command(*words.split(), **options)) and not Path("a").exists()
-    assert command("--run-dir", "r") == 0
-    before, words = files("r"), ("--run-dir", "r", "--stage", "sample", "--save-images")
-    capsys.readouterr()
-    message = refusal(capsys, command(*words, "--prior", "gmm", "--gmm-components", 101, **small()))
-    assert "gmm_components 101" in message and files("r") == before
-    assert command(*words, **small()) == 0
+def test_too_large_a_mixture_loses_nothing(capsys):
+    """More Gaussians than images: told by name when the VAE is trained, which is kept; with fewer it goes on."""
+    code = command("--run-dir", "r", "--gmm-components", 101)
+    assert "gmm_components 101" in refusal(capsys, code)
+    assert torch.load("r/model.pt", weights_only=True)["steps"]["vae"] == 4
+    assert command("--run-dir", "r", "--gmm-components", 3) == 0
 
 
 def test_empty_folder_is_refused(capsys):
-    """A folder without a usable image: the file is named, the count is told."""
+    """A folder without a usable image: the files are named."""
     Path("photos").mkdir()
     Path("photos/no.png").write_text("no image")
-    code = command("--run-dir", "r", "--dataset", "folder", "--data-dir", "photos")
+    Path("photos/nor.png").write_text("no image")
+    code = command("--run-dir", "r", "--dataset", "folder", "--data-dir", "photos", "--attention", "none")
     out, err = capsys.readouterr()
-    assert code == 2 and "no.png" in out and "photos holds 0 usable images" in err and not Path("r").exists()
+    assert code == 2 and "nor.png" in out and "photos holds no usable image" in err and not Path("r").exists()
 
 
 def test_another_model_is_refused(capsys):
@@ -977,54 +1067,51 @@ def test_another_model_is_refused(capsys):
     capsys.readouterr()
     message = refusal(capsys, command("--run-dir", "r", "--formulation", "2", "--dataset", "mnist", z_dim=3))
     assert all(name in message for name in ("--formulation", "--dataset", "--z-dim")) and "--heads" not in message
-    os.remove("r/config.json")    # the checkpoints know by themselves
-    message = refusal(capsys, command("--run-dir", "r", "--predict", "eps"))
-    assert "--predict" in message
-    before.pop("config.json")
     assert files("r") == before
 
 
 @pytest.mark.parametrize("formulation", ("1", "2", "none"))
 def test_stages_after_training(capsys, formulation):
     """Each stage writes its picture or figures, with noise on x_hat too; without a VAE three of them are refused."""
-    none = {k: None for k in ("z_dim", "vae_width")} if formulation == "none" else {}
-    assert command("--run-dir", "r", "--formulation", formulation, "--timesteps", 40, **none) == 0
+    none = formulation == "none"
+    assert command("--run-dir", "r", "--formulation", formulation, "--timesteps", 40) == 0
     for stage in ("reconstruct", "interpolate", "traverse"):
         capsys.readouterr()
-        code = command("--run-dir", "r", "--stage", stage, **small(sample_batch=3, cond_noise=0.0 if none else 0.1))
+        code = command("--run-dir", "r", "--stage", stage, **small(sample_batch=3, cond_noise=0.1))
         if none:
-            assert f"--stage {stage}" in refusal(capsys, code)
+            assert "formulation none has no VAE" in refusal(capsys, code)
         else:
             assert code == 0 and Image.open(f"r/{stage}.png").size[0] > 300
     assert command("--run-dir", "r", "--stage", "eval", **small(sample_batch=3)) == 0
     out, table = capsys.readouterr().out, json.load(open("r/eval.json"))
-    assert "40 network calls" in out and table.pop("images") == 4 and set(table) == {"KL", "L_T", "L_t", "L_0", "total", "VAE"} - ({"VAE"} if none else set())
+    assert "40 network calls" in out and table.pop("images") == 4 and set(table) == {"KL", "L_T", "L_t", "L_0", "total"}
     x = diffusevae.to_float(diffusevae.load_images("shapes", "", 8, "test")[0][:4])
     model = DiffuseVAE.load("r", "cpu")
     generators = [torch.Generator().manual_seed(diffusevae.stream(0, "eval", i)) for i in range(4)]
     for name, values in model.bits_per_dim(x, generators).items():    # in one batch rather than two
         assert table[name]["mean"] == pytest.approx(values.mean().item(), rel=1e-4)
         assert table[name]["standard_error"] == pytest.approx(values.std().item() / 2, rel=1e-3, abs=1e-9)
-    if not none:
-        assert table["VAE"]["mean"] == pytest.approx((model.vae.decode(model.encode(x)) - x).square().mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("words, named", (
-    ("--stage reconstruct --num-samples 21", "2 to 20 images"), ("--stage eval --num-samples 1", "2 to 20 images"),
-    ("--stage interpolate --eta 0.5", "--eta 0"), ("--stage traverse --run-dir nowhere", "no run in nowhere")))
-def test_stages_refuse(capsys, words, named):
-    """Too few test images, noise where it would be taken for a change, no run: one sentence each."""
+def test_reconstruction_errors_are_told(capsys):
+    """--stage reconstruct prints the squared errors of all --num-samples test images."""
     assert command("--run-dir", "r") == 0
     capsys.readouterr()
-    assert named in refusal(capsys, command("--run-dir", "r", *words.split(), **small(num_samples=None)))
+    assert command("--run-dir", "r", "--stage", "reconstruct", **small(num_samples=12)) == 0
+    out, model = capsys.readouterr().out, DiffuseVAE.load("r", "cpu")
+    x = diffusevae.to_float(diffusevae.load_images("shapes", "", 8, "test")[0][:12])
+    error = (model.vae.decode(model.encode(x)) - x).square().mean().item()
+    assert f"{error:.5f} +- " in re.search(r"VAE.*", out)[0] and out.count(" +- ") == 3
 
 
 def test_stages_need_the_second_stage(capsys):
-    """A run with a VAE alone is refused by every stage that draws."""
+    """A run with a VAE alone is refused by every stage that draws, and by load()."""
     assert command("--run-dir", "r", "--stage", "vae") == 0
     for stage in ("sample", "reconstruct", "interpolate", "traverse", "eval"):
         capsys.readouterr()
-        assert "ddpm.pt" in refusal(capsys, command("--run-dir", "r", "--stage", stage, **small()))
+        assert "no U-Net yet" in refusal(capsys, command("--run-dir", "r", "--stage", stage, **small()))
+    with pytest.raises(ValueError, match="no U-Net yet"):
+        DiffuseVAE.load("r")
 
 
 class Bomb:
@@ -1038,14 +1125,14 @@ def test_damaged_checkpoints_are_refused(capsys):
     """Cut, flipped, empty, foreign or with code inside: one sentence, no code run, and the file stays as it is."""
     assert command("--run-dir", "r") == 0
     capsys.readouterr()
-    path = Path("r/ddpm.pt")
+    path = Path("r/model.pt")
     whole = path.read_bytes()
     torch.save(dict(bomb=Bomb()), "bomb.pt")
     torch.save(dict(some="thing"), "other.pt")
     torch.save(torch.zeros(3), "tensor.pt")
     rng = np.random.default_rng(0)
     damaged = [b"", whole[:100], whole[:len(whole) // 2], whole[:-1], Path("bomb.pt").read_bytes(),
-               Path("other.pt").read_bytes(), Path("tensor.pt").read_bytes(), Path("r/vae.pt").read_bytes()]
+               Path("other.pt").read_bytes(), Path("tensor.pt").read_bytes()]
     for at in rng.integers(200, len(whole) * 3 // 4, 20):    # in the tensors or the padding before them
         damaged.append(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
     good, accepted = flat(torch.load(path, weights_only=True, mmap=True)), 0
@@ -1057,40 +1144,40 @@ def test_damaged_checkpoints_are_refused(capsys):
             assert all(torch.equal(v, loaded[k]) if torch.is_tensor(v) else v == loaded[k] for k, v in good.items())
             capsys.readouterr()
         else:
-            assert "ddpm.pt" in refusal(capsys, code) and path.read_bytes() == data
+            assert "model.pt" in refusal(capsys, code) and path.read_bytes() == data
     assert accepted < 15 and not Path("boom").exists()
-    path.write_bytes(whole)
-    assert command("--run-dir", "other", seed=5) == 0
-    shutil.copy("other/vae.pt", "r/vae.pt")
+
+
+@pytest.mark.parametrize("change", ("rename", "drop", "shape", "format", "options", "steps", "mixture", "bomb"))
+@pytest.mark.parametrize("stage", ("sample", "all"))
+def test_edited_checkpoints_are_refused(capsys, change, stage):
+    """A checkpoint opened, changed so that it fits no longer, and saved anew: one sentence, and no code in it runs."""
+    assert command("--run-dir", "r", "--stage", "ddpm") == 0
+    state = torch.load("r/model.pt", weights_only=True)
+    weights, name = state["model"], "unet.middle.0.norm.weight"
+    if change in ("drop", "rename"):
+        weights["unet.other"] = weights.pop(name)
+    if change == "drop":
+        del weights["unet.other"]
+    weights |= dict(shape={name: weights[name][:1] if change == "shape" else None}, bomb={"other": Bomb()}).get(change, {})
+    state |= dict(format=dict(format=1), options=dict(options={**state["options"], "heads": 3}), steps=dict(steps=3),
+                  mixture=dict(mixture=5)).get(change, {})
+    torch.save(state, "r/model.pt")
     capsys.readouterr()
-    assert "another VAE" in refusal(capsys, diffusevae.main(["--run-dir", "r", "--stage", "sample"]))
+    assert "model.pt" in refusal(capsys, diffusevae.main(f"--run-dir r --stage {stage}".split())) and not Path("boom").exists()
 
 
 def test_a_loss_that_is_not_finite_stops(capsys, monkeypatch):
-    """The step is told, and the checkpoint before it is kept and can be continued."""
+    """The last good row is told, and the checkpoint before it is kept and can be continued."""
     assert command("--run-dir", "r", "--save-every", 2, ddpm_steps=4) == 0
-    before, loss = Path("r/ddpm.pt").read_bytes(), DiffuseVAE.loss
+    before, loss = Path("r/model.pt").read_bytes(), DiffuseVAE.loss
     calls = iter(range(99))
     monkeypatch.setattr(DiffuseVAE, "loss", lambda self, x, unet=None: loss(self, x, unet) * (math.nan if next(calls) == 2 else 1))
     capsys.readouterr()
     message = refusal(capsys, command("--run-dir", "r", "--log-every", 4, "--save-every", 100, ddpm_steps=12))
-    assert "not finite at step 7" in message and "--lr" in message and Path("r/ddpm.pt").read_bytes() == before
+    assert "not finite after step 4" in message and "--lr" in message and Path("r/model.pt").read_bytes() == before
     monkeypatch.setattr(DiffuseVAE, "loss", loss)
     assert command("--run-dir", "r", ddpm_steps=12) == 0
-
-
-def test_sigterm_saves_and_continues():
-    """Terminated, a training saves, says how to go on and exits with 143; continued, it ends as if undisturbed."""
-    words = [sys.executable, diffusevae.__file__, "--run-dir", "r", "--image-size=8", "--unet-width=4", "--heads=1",
-             "--vae-width=2", "--z-dim=2", "--vae-steps=3", "--ddpm-steps=100000", "--log-every=1", "--save-every=100000"]
-    run = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    for line in run.stdout:
-        if line.startswith("ddpm 2/"):
-            run.terminate()
-    assert run.wait() == 143 and "goes on from there" in line
-    step = torch.load("r/ddpm.pt", weights_only=True)["step"]
-    rows = list(csv.DictReader(open("r/log.csv")))
-    assert step >= 2 and [int(r["step"]) for r in rows if r["stage"] == "ddpm"] == list(range(1, step + 1))
 
 
 def test_killed_runs_end_alike():
@@ -1101,7 +1188,7 @@ def test_killed_runs_end_alike():
     few = "import sys, torch, diffusevae as d; torch.set_num_threads(1); f = d.draw_shapes; " \
           "d.draw_shapes = lambda n, size, seed: f(n // 500 if n > 5000 else n, size, seed); sys.exit(d.main())"
     env, kills = {**os.environ, "PYTHONPATH": str(Path(diffusevae.__file__).parent)}, 0
-    for start in ("vae 2", "ddpm 1", "ddpm 3", "drew 4", ""):    # of the line after which to kill
+    for start in ("vae 9", "ddpm 1", "ddpm 30", "drew 4", ""):    # of the line after which to kill
         run = subprocess.Popen([sys.executable, "-u", "-c", few, *words, "--run-dir=r"], env=env, stdout=subprocess.PIPE, text=True)
         for line in run.stdout:
             if start and line.startswith(start):
@@ -1110,96 +1197,77 @@ def test_killed_runs_end_alike():
                 break
         run.stdout.read(), run.wait()
     assert diffusevae.main([*words, "--run-dir=clean"]) == 0 and kills == 4 and run.returncode == 0
-    for name in ("vae.pt", "ddpm.pt"):
-        one, two = (flat(torch.load(f"{r}/{name}", weights_only=True)) for r in ("r", "clean"))
-        assert one.keys() == two.keys()
-        assert all(torch.equal(v, two[k]) if torch.is_tensor(v) else v == two[k] for k, v in one.items())
+    assert alike("r/model.pt", "clean/model.pt")
     one, two = ([row[:-1] for row in csv.reader(open(f"{r}/log.csv"))] for r in ("r", "clean"))
-    assert one == two and len(one) == 81 and files("r/samples") == files("clean/samples") and len(files("r/samples")) == 92
-    assert files("r/vae_samples") == files("clean/vae_samples") and not list(Path("r").rglob("*.tmp"))
-
-
-def test_two_trainings_are_refused(capsys):
-    """While one process has a run folder a second training is refused, and so is a second drawing of its samples."""
-    assert command("--run-dir", "r") == 0
-    before, held = files("r"), diffusevae.hold(Path("r"))
-    capsys.readouterr()
-    assert "another process" in refusal(capsys, command("--run-dir", "r", ddpm_steps=9)) and files("r") == before
-    assert command("--run-dir", "r", "--stage", "sample", "--save-images", **small()) == 0    # beside a training
-    held.close()
-    held = diffusevae.hold(Path("r/samples"))
-    capsys.readouterr()
-    assert "another process" in refusal(capsys, command("--run-dir", "r", "--stage", "sample", "--save-images", **small()))
-    held.close()
-    assert command("--run-dir", "r", ddpm_steps=9) == 0
+    assert one == two and len(one) == 81 and files("r/samples") == files("clean/samples") and len(files("r/samples")) == 91
+    assert files("r/vae_samples") == files("clean/vae_samples")
 
 
 def test_full_disk(capsys):
     """A disk that takes no more: one sentence, the checkpoint before stays whole, nothing half-written stays."""
     resource = pytest.importorskip("resource")
     assert command("--run-dir", "r") == 0
-    before, (soft, hard) = Path("r/ddpm.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, (soft, hard) = Path("r/model.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
     try:
         code = command("--run-dir", "r", ddpm_steps=9)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "ddpm.pt could not be written" in refusal(capsys, code)
-    assert Path("r/ddpm.pt").read_bytes() == before and not list(Path("r").glob("*.tmp"))
+    assert "model.pt could not be written" in refusal(capsys, code)
+    assert Path("r/model.pt").read_bytes() == before and not list(Path("r").glob("*.tmp"))
     assert command("--run-dir", "r", ddpm_steps=9) == 0
 
 
-def test_log_survives_damage():
-    """Half a row, zeros and bytes of no script in log.csv are dropped when the run goes on; whole rows stay."""
-    assert command("--run-dir", "r", "--log-every", 1) == 0
-    with open("r/log.csv", "ab") as f:
-        f.write(b"ddpm,5,0.1\n\0\0\0\0\xff\xfe,,,,,,\nddpm,x,1,1,1,1,1\nddpm,5,0.")
-    assert command("--run-dir", "r", "--log-every", 1, ddpm_steps=6) == 0
-    rows = list(csv.DictReader(open("r/log.csv")))
-    assert [(r["stage"], r["step"]) for r in rows] == [("vae", str(i)) for i in range(1, 5)] + [("ddpm", str(i)) for i in range(1, 7)]
-
-
-@pytest.mark.parametrize("change", ("swap", "rename", "drop", "nan", "dtype", "step", "format", "options", "bomb"))
-def test_edited_checkpoints_are_refused(capsys, change):
-    """A checkpoint opened, changed and saved anew is refused by its own checksum, and no code in it runs."""
-    assert command("--run-dir", "r") == 0
-    state = torch.load("r/ddpm.pt", weights_only=True)
-    weights, name, twin = state["ema"], "middle.0.norm.weight", "middle.1.norm.weight"
-    weights |= dict(swap={name: weights[twin], twin: weights[name]}, nan={name: weights[name] * math.nan},
-                    rename={"other": weights[name]}, dtype={name: weights[name].double()}, bomb={"other": Bomb()}).get(change, {})
-    state |= dict(step={"step": 2}, format={"format": 1}, options={"options": {**state["options"], "heads": 2}}).get(change, {})
-    if change in ("drop", "rename"):
-        del weights[name]
-    torch.save(state, "r/ddpm.pt")
-    capsys.readouterr()
-    assert "ddpm.pt" in refusal(capsys, diffusevae.main("--run-dir r --stage sample".split())) and not Path("boom").exists()
+def test_lack_of_memory_is_one_sentence(capsys, monkeypatch):
+    """What CUDA and the CPU raise when memory does not suffice: the options to lower are named."""
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory"), MemoryError()):
+        def fail(given, error=error):
+            raise error
+        monkeypatch.setattr(diffusevae, "run", fail)
+        assert "smaller batches" in refusal(capsys, diffusevae.main([]))
 
 
 def test_every_option_at_its_edges():
     """Each number's smallest and largest value are taken, each word is; what lies beyond is refused by name."""
     for f in diffusevae.dataclasses.fields(Config):
         takes = f.metadata["takes"]
-        if takes and isinstance(takes[0], str):
-            assert all(getattr(Config(**{f.name: word, "eta": 1.0 if word == "large" else 0.0, "steps": 1000}), f.name) == word for word in takes)
+        if not takes:
+            continue
+        if isinstance(takes[0], str):
+            assert all(getattr(Config(**{f.name: word}), f.name) == word for word in takes)
             beyond = ("", takes[0] + "x", 3, None)
-        elif takes:
-            small = {"timesteps": dict(steps=1), "steps": dict(timesteps=100_000), "image_size": dict(dataset="cifar10")}
-            for value in takes:
-                assert getattr(Config(**{f.name: value, **small.get(f.name, {})}), f.name) == value
-            gap = 1 if f.type is int else 1e-7
-            beyond = (takes[0] - gap, takes[1] + gap * max(1, takes[1]), math.nan, math.inf, "1", None, -math.inf)
         else:
-            beyond = {bool: ("yes", 1, None), str: (3, None)}.get(f.type, ("1,2", 3, [1]))
+            wrap = (lambda v: (1, v)) if f.type is tuple else (lambda v: v)
+            for value in takes:
+                assert getattr(Config(**{f.name: wrap(value)}), f.name) == wrap(value)
+            gap = 1 if f.type is int else 1e-7
+            beyond = [wrap(v) for v in (takes[0] - gap, takes[1] + gap * max(1, takes[1]), math.nan, math.inf, -math.inf)]
         for value in beyond:
             with pytest.raises(ValueError, match=diffusevae.flag(f.name)):
                 Config(**{f.name: value})
 
 
+def test_help_speaks_to_people(capsys):
+    """--help: a usage of one line, every option with the value of the data set in question, no Python type names."""
+    pages = {}
+    for words in ("", "--dataset cifar10", "--dataset folder --image-size 128"):
+        assert command(*words.split(), "--help", **{k: None for k in TINY}) == 0
+        pages[words] = capsys.readouterr().out
+    for page in pages.values():
+        assert page.startswith("usage: python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]\n\n")
+        assert not re.search(r"\b(tuple|str|int|float)\b", page.split("run:\n")[1])
+        assert all(diffusevae.flag(f.name) in page for f in diffusevae.dataclasses.fields(Config))
+    joined = {words: " ".join(page.split()) for words, page in pages.items()}
+    assert "maps halve in between [1,2]" in joined[""] and "or none [none]" in joined[""]
+    assert "maps halve in between [1,2,2,2]" in joined["--dataset cifar10"] and "or none [16]" in joined["--dataset cifar10"]
+    assert "maps halve in between [1,2,2,3,4]" in joined["--dataset folder --image-size 128"]
+
+
 def test_random_command_lines(capsys):
     """Options drawn at random, accepted and refused values: done, or one sentence; weights finite, nothing half-written."""
     rng = np.random.default_rng(5)
-    values = dict(image_size="8 12 16 7 x", z_dim="1 3 0", unet_mults="1 1,2 2,3 0 1,,2", res_blocks="1 2 0", attention="auto none 8 4 3",
+    values = dict(image_size="8 12 16 7 x", z_dim="1 3 0", unet_mults="1 1,2 2,3 0 1,,2", res_blocks="1 2 0", attention="none 8 4 3 auto",
                   heads="1 2 3 0", dropout="0 0.9 1", timesteps="2 5 40 1", schedule="linear cosine geometric sine", predict="eps v x",
                   formulation="1 2 none 3", vae_batch="1 9 0", lr="1e-9 1 1000 0 nan", vae_lr="1e-9 1000 -1", ema="0 0.999 1", seed="0 4294967295 -1",
                   warmup="0 1000000 -1", grad_clip="0 1e-3 -1", lr_decay="none cosine exp", precision="auto fp32 bf16 fp16", steps="1 2 40 0",
@@ -1246,6 +1314,16 @@ def test_pieces_work_pasted_alone(names, use):
     assert space["result"].isfinite().all()
 
 
+def test_part_one_needs_torch_alone():
+    """The first part, run as a file of its own, defines the model; a DiffuseVAE is built from any object with options."""
+    source = Path(diffusevae.__file__).read_text().split("# Part two")[0]
+    space = dict(__name__="part_one")
+    exec(compile(source.rsplit("# ====", 1)[0], "part_one", "exec"), space)
+    assert {name for name in ("VAE", "UNet", "GaussianDiffusion", "GaussianMixture", "DiffuseVAE") if name in space}
+    x = torch.zeros(2, 3, 8, 8)
+    assert space["DiffuseVAE"](tiny()).loss(x).isfinite() and "argparse" not in space and "np" not in space
+
+
 def test_notebook(tmp_path, monkeypatch):
     """train.ipynb, shortened, runs from top to bottom in a fresh kernel, asserts and all, and leaves no file behind."""
     import nbclient, nbformat
@@ -1269,7 +1347,7 @@ def test_notebook_as_stored():
     assert Path(diffusevae.__file__).with_name("train.ipynb").stat().st_size < 3e6
     banners = [line[2:].rstrip() for line in Path(diffusevae.__file__).read_text().split("\n") if re.match(r"# \d+ \w", line)]
     text = "".join("".join(cell["source"]) + "\n" for cell in book["cells"])
-    assert all(f"## {title}\n" in text for title in banners[:8])    # the sections' own titles
+    assert len(banners) == 10 and all(f"## {title}\n" in text for title in banners[:8])    # the sections' own titles
 
 
 def test_import_has_no_side_effects():
