@@ -435,17 +435,18 @@ class GaussianMixture:
     def fit(self, z, iterations=100, tolerance=1e-3, generator=None, progress=None):
         """Points z [N, D] -> self; ends when an iteration gains less than `tolerance` nats a point.
 
-        k-means++, 20 iterations of k-means, then EM; `history` is the mean log-likelihood of each iteration,
+        Greedy k-means++, 20 steps of k-means, then EM; `history` is the mean log-likelihood of each iteration,
         progress(history) sees it grow. ValueError for fewer points than components, or some not finite.
         """
         N, K = len(z), self.components
         if N < K or not z.isfinite().all():
             raise ValueError(f"gmm_components {K} needs as many points, all finite, not {N}: take fewer")
-        gap, centres = torch.ones_like(z[:, 0]), z[:0]
-        for _ in range(K):    # k-means++: the next centre is a point, likelier the farther from the others
-            pick = torch.multinomial(gap.cpu() + 1e-12, 1, generator=generator).to(z.device)
-            centres = torch.cat([centres, z[pick]])
-            gap = torch.cdist(z, centres).amin(1).square()
+        gap, centres = torch.full_like(z[:, 0], 1e30), z[:0]    # squared distance to the nearest centre [N]
+        for _ in range(K):    # of ten points, likelier the farther they are, the one that closes most gaps
+            picks = torch.multinomial(gap.cpu() + 1e-12, 10, replacement=True, generator=generator).to(z.device)
+            gaps = torch.minimum(gap, torch.cdist(z[picks], z).square())    # [10, N]
+            best = gaps.sum(1).argmin()
+            gap, centres = gaps[best], torch.cat([centres, z[picks[best]][None]])
         for _ in range(20):
             owner = F.one_hot(torch.cdist(z, centres).argmin(1), K).to(z)    # [N, K]
             centres = torch.where(owner.sum(0)[:, None] > 0, owner.T @ z / owner.sum(0)[:, None], centres)
