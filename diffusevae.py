@@ -103,7 +103,6 @@ def randn(shape, like, generator=None):
     device = like.device if generator is None else generator.device
     return torch.randn(shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
 
-
 def timesteps_for(timesteps, steps, spacing="trailing"):
     """The n = `steps` timesteps to keep of 0..T-1, T = `timesteps`: a long tensor [n], strictly increasing.
 
@@ -125,7 +124,6 @@ def timesteps_for(timesteps, steps, spacing="trailing"):
     else:
         kept = [max(i, int(0.8 * T * (i / (n - 1)) ** 2)) for i in range(n)]
     return torch.tensor(kept)
-
 
 class GaussianDiffusion:
     """Images into noise and back (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502), for any network.
@@ -372,7 +370,6 @@ class UNet(nn.Module):
             h = layer(torch.cat([h, kept.pop()], dim=1), emb) if isinstance(layer, Block) else layer(h)
         return self.last(h)
 
-
 class Block(nn.Module):
     """A residual block that the embedding scales and shifts, with self-attention after it if it has heads."""
 
@@ -390,7 +387,6 @@ class Block(nn.Module):
         h = self.norm(self.first(x)) * (1 + scale) + shift
         return self.attend(self.skip(x) + self.second(h))
 
-
 class Attention(nn.Module):
     """x plus self-attention among its positions."""
 
@@ -407,11 +403,9 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(*qkv.transpose(3, 4).unbind(1))    # [B, heads, H * W, C / heads]
         return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
 
-
 def group_norm(channels):
     """GroupNorm with up to 32 groups of at least four channels each, for any number of channels."""
     return nn.GroupNorm(max(1, math.gcd(channels, 128) // 4), channels)
-
 
 def zeroed(layer):
     """The layer with all parameters at zero, so that the residual branch it ends starts as nothing."""
@@ -897,6 +891,8 @@ def train(model, stage, images):
     def objective(x):
         return trained.loss(x, c.kl_weight) if is_vae else (model.loss(x, trained),)
     if c.compile == "on" or c.compile == "auto" and device.type == "cuda":
+        start = torch.zeros(1, device=device)
+        model.diffusion.target(start, start.long(), start)    # fills its tables, which would cost a second graph
         objective = torch.compile(objective)
     step, losses = model.state["steps"][stage], []    # losses stay on the device until a row needs them
     warmup, clock = min(c.warmup, total // 10), time.perf_counter()

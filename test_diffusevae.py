@@ -499,6 +499,17 @@ def test_attention_is_softmax_attention():
     assert torch.allclose(layer(x), x + out.view_as(x), atol=1e-12)
 
 
+def test_block_is_scaled_and_shifted_by_the_embedding():
+    """One Block is skip(x) + conv(silu(norm(conv(silu(norm(x)))) (1 + scale) + shift)), written out with functions."""
+    block, x, emb = perturbed(diffusevae.Block(4, 8, 6, 0.0), 0.5).double(), double(2, 4, 5, 5), double(2, 6)
+    norm = lambda h, layer: F.group_norm(h, layer.num_groups, layer.weight, layer.bias, layer.eps)
+    conv = lambda h, layer: F.conv2d(h, layer.weight, layer.bias, padding=1)
+    scale, shift = F.linear(emb, block.scale_shift.weight, block.scale_shift.bias)[:, :, None, None].split(8, dim=1)
+    h = norm(conv(F.silu(norm(x, block.first[0])), block.first[2]), block.norm)
+    out = F.conv2d(x, block.skip.weight, block.skip.bias) + conv(F.silu(h * (1 + scale) + shift), block.second[2])
+    assert torch.allclose(block(x, emb), out, atol=1e-12)
+
+
 @pytest.mark.parametrize("words, size, options", (
     ("multiple of 4", 18, dict(mults=(1, 2, 2))), ("multiple of 2", 9, dict(mults=(1, 1))),
     ("attention at 5 never occurs", 8, dict(attention=(5,))), ("attention at 16", 8, dict(attention=(8, 16))),
@@ -574,6 +585,12 @@ def test_mixture_samples():
     k = torch.cdist(z, MEANS).argmin(1)    # the component, but for one point in thousands
     same, p = (k[1:] == k[:-1]).double().mean(), (WEIGHTS**2).sum()
     assert abs(same - p) < 8 * (p * (1 - p) / n)**0.5    # neighbours are alike by chance; 5 SE, and 3 for overlapping pairs
+    for i in range(3):    # within a component: its own covariance, 5 SE
+        one = known_as_ours()
+        one.weights = F.one_hot(torch.tensor(i), 3).double()
+        z, truth = one.sample(n, torch.Generator().manual_seed(3)), CHOL[i] @ CHOL[i].T
+        se = ((truth.diagonal()[:, None] * truth.diagonal() + truth**2) / n).sqrt()
+        assert ((z.T.cov() - truth).abs() < 5 * se).all()
     g = [torch.Generator().manual_seed(i) for i in range(4)]
     together, alone = known_as_ours().sample(4, g), known_as_ours().sample(1, [torch.Generator().manual_seed(2)])
     assert torch.allclose(together[2], alone[0])
@@ -659,6 +676,25 @@ def test_stage_2_is_shown_draws_and_every_t():
     assert torch.equal(seen["x_hat"], model.vae.decode(seen["z"]))
     counts = torch.bincount(seen["t"], minlength=50)
     assert len(counts) == 50 and (counts - n / 50).abs().max() <= 1    # spread evenly, so each t comes up 80 times
+
+
+@pytest.mark.parametrize("formulation", ("1", "2", "none"))
+@pytest.mark.parametrize("predict", ("eps", "v"))
+def test_stage_2_loss_by_hand(formulation, predict):
+    """From the x_t and t that the network was shown the noise follows, from that the target, and from that the loss."""
+    model, seen = DiffuseVAE(tiny(formulation=formulation, predict=predict)), {}
+
+    def probe(x_t, t, x_hat, z):
+        seen.update(x_t=x_t.double(), t=t, x_hat=x_hat)
+        return 0.3 * x_t
+
+    x = torch.rand(50, 3, 8, 8) * 2 - 1
+    loss = model.loss(x, probe).item()
+    a = model.diffusion.alpha_bar[seen["t"]].view(-1, 1, 1, 1)
+    y = seen["x_t"] - (seen["x_hat"] if formulation == "2" else 0)
+    noise = (y - a.sqrt() * x) / (1 - a).sqrt()
+    target = noise if predict == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x
+    assert loss == pytest.approx((0.3 * seen["x_t"] - target).square().mean().item(), rel=1e-3)    # float32 / sqrt(1 - a_0)
 
 
 def test_ema_and_learning_rate_by_hand():
@@ -766,6 +802,30 @@ def test_sampling_heeds_precision():
     exact, half = (model.decode(z, x_T, steps=10, precision=p) for p in ("fp32", "bf16"))
     gap = (exact - half).abs() * 127.5    # in grey levels
     assert half.dtype == torch.float32 and 0 < gap.mean() < 1.5 and gap.max() < 30
+
+
+def test_compiled_steps_are_one_graph(monkeypatch):
+    """Traced, not generated: both stages and the sampler are one graph each, kept through rates, decays, seeds and t."""
+    from torch._dynamo.testing import CompileCounter
+    real = torch.compile
+    for formulation, z_cond in (("1", True), ("2", False), ("none", False)):
+        c, counters = tiny(formulation=formulation, z_cond=z_cond, compile="on", vae_steps=20, ddpm_steps=20, dropout=0.1), []
+
+        def traced(f, counters=counters):
+            counters.append(CompileCounter())
+            return real(f, backend=counters[-1], fullgraph=True)    # a break in the graph is an error
+
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", traced)
+        model = finish(c, diffusevae.draw_shapes(8, 8, 0)[0])[0]
+        monkeypatch.setattr(torch, "compile", real)
+        assert [counter.frame_count for counter in counters] == [1] * len(counters) and len(counters) == 1 + (model.vae is not None)
+        torch._dynamo.reset()
+        sampler = CompileCounter()
+        model.unet.compile(backend=sampler, fullgraph=True)
+        for eta in (0.0, 1.0):
+            model.decode(torch.randn(3, 2), steps=10, eta=eta)
+        assert sampler.frame_count == 1
 
 
 def test_joint_bound_adds_the_codes_price():
