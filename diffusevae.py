@@ -626,7 +626,7 @@ class DiffuseVAE(nn.Module):
 # ========================================================================================================
 # Part two, the program: options, files, pictures, the command line
 # ========================================================================================================
-import argparse, copy, json, os, sys, time, warnings, zipfile, zlib
+import argparse, contextlib, copy, json, os, sys, time, warnings, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -950,7 +950,7 @@ def in_precision(precision, device):
     """The context in which networks run in bf16 if asked for; "auto" asks for it on CUDA that has it."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     on = precision == "bf16" or precision == "auto" and native
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
 def stream(seed, name, index):
     """The seed of one step or image: 32 bits, all that torch's CPU generator heeds."""

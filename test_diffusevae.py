@@ -5,7 +5,7 @@
 Offline and on the CPU, but for one test that wants CUDA. "5 SE" in a comment is five standard errors of a Monte Carlo
 mean: a right program misses that once in two million draws, and the seeds are fixed besides.
 """
-import collections, csv, inspect, io, itertools, json, math, os, re, shutil, subprocess, sys
+import collections, copy, csv, inspect, io, itertools, json, math, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -713,6 +713,43 @@ def test_ema_and_learning_rate_by_hand():
             assert torch.allclose(average[name], p, atol=1e-6), (n, name)
 
 
+def test_half_of_the_images_are_mirrored():
+    """With hflip a training image comes as it is or with left and right exchanged, each half of the time."""
+    c, seen = tiny(vae_steps=10, vae_batch=100), []
+    model, image = DiffuseVAE(c), torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
+    loss = model.vae.loss
+    model.vae.loss = lambda x, kl_weight: seen.append(x) or loss(x, kl_weight)
+    list(diffusevae.train(model, "vae", image))
+    x, plain = torch.cat(seen), diffusevae.to_float(image)
+    mirrored = (x == plain.flip(3)).flatten(1).all(1)
+    assert (mirrored | (x == plain).flatten(1).all(1)).all() and abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / 1000**0.5    # 5 SE
+
+
+def test_options_reach_the_model():
+    """kl_weight the VAE's loss, temperature the starting noise; T and the schedule the betas, 1e-4 to 0.02 (0.05) at T = 1000."""
+    rows = finish(tiny(kl_weight=7.0), diffusevae.draw_shapes(8, 8, 0)[0])[1]
+    assert all(r["loss"] == pytest.approx(r["recon"] + 7 * r["kl"], rel=1e-5) for r in rows if r["stage"] == "vae")
+    noise = DiffuseVAE(tiny()).noise(200, temperature=0.5)
+    assert abs(noise.std() - 0.5) < 5 * 0.5 / (2 * noise.numel())**0.5    # 5 SE
+    for T in (1000, 250):
+        for schedule, betas in (("linear", np.linspace(1e-4, 0.02, T)), ("geometric", np.geomspace(1e-4, 0.05, T))):
+            bar = DiffuseVAE(tiny(timesteps=T, schedule=schedule)).diffusion.alpha_bar[:-1].numpy()
+            np.testing.assert_allclose(bar, np.cumprod(1 - betas * 1000 / T), rtol=1e-9)
+
+
+def test_gradients_are_clipped_in_stage_2_alone(monkeypatch):
+    """When Adam steps, the U-Net's gradient has at most the asked norm, and the VAE's is as it came."""
+    norms, step = [], torch.optim.Adam.step
+
+    def watched(self, *args):
+        norms.append(torch.stack([p.grad.norm() for p in self.param_groups[0]["params"]]).norm().item())
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    finish(tiny(grad_clip=0.01), diffusevae.draw_shapes(8, 8, 0)[0])
+    assert min(norms[:4]) > 0.05 and norms[4:] == pytest.approx([0.01] * 4, rel=1e-3)
+
+
 def flat(value, name=""):
     """Every leaf of nested dictionaries and lists, by name."""
     if isinstance(value, dict):
@@ -826,6 +863,24 @@ def test_compiled_steps_are_one_graph(monkeypatch):
         for eta in (0.0, 1.0):
             model.decode(torch.randn(3, 2), steps=10, eta=eta)
         assert sampler.frame_count == 1
+
+
+@pytest.mark.parametrize("formulation, z_cond", (("1", True), ("2", False), ("none", False)))
+def test_no_tensor_on_the_wrong_device(formulation, z_cond):
+    """On the meta device, where a CPU tensor in an operation is an error: training, sampling, inversion, the bound."""
+    model = DiffuseVAE(tiny(formulation=formulation, z_cond=z_cond, timesteps=3)).to("meta")
+    x, generators = torch.empty(4, 3, 8, 8, device="meta"), [torch.Generator().manual_seed(i) for i in range(4)]
+    results = [model.loss(x, copy.deepcopy(model.unet).requires_grad_(True)), model.bits_per_dim(x, generators)["total"]]
+    results[0].backward()
+    if model.vae:
+        with_prior(model)    # fitted on the CPU, as a checkpoint brings it
+        results.append(copy.deepcopy(model.vae).requires_grad_(True).loss(x)[0])
+        results[-1].backward()
+        results += [model.reconstruct(x), model.reconstruct(x, invert=True), model.interpolate(x[:2]), *model.path(*model.invert(x[:2])),
+                    model.refine(x, z=torch.empty(4, 2, device="meta"), cond_noise=0.1, generator=generators)]
+    for eta, generator, prior in itertools.product((0.0, 1.0), (None, generators), ("gmm", "normal")):
+        results.append(model.sample(4, generator, eta=eta, prior=prior))
+    assert all(y.device.type == "meta" for y in results)
 
 
 def test_joint_bound_adds_the_codes_price():
