@@ -893,7 +893,7 @@ def train(model, stage, images):
     if c.compile == "on" or c.compile == "auto" and device.type == "cuda":
         start = torch.zeros(1, device=device)
         model.diffusion.target(start, start.long(), start)    # fills its tables, which would cost a second graph
-        objective = torch.compile(objective)
+        objective = torch.compile(objective, dynamic=False)
     step, losses = model.state["steps"][stage], []    # losses stay on the device until a row needs them
     warmup, clock = min(c.warmup, total // 10), time.perf_counter()
     while step < total:
@@ -942,9 +942,12 @@ def fit_prior(model, images):
     c, g = model.config, torch.Generator().manual_seed(model.config.seed)
     z = encode_images(model, images[:50_000], draw=True, generator=g)
     z = z.cpu() if z.is_mps else z    # MPS lacks parts of torch.linalg
-    words = f"prior: {c.gmm_components} Gaussians for {len(z)} codes, log-likelihood after EM step"
-    model.mixture = GaussianMixture(c.gmm_components).fit(z, generator=g, progress=lambda history: report(
-        f"{words} {len(history)}: {history[-1]:.3f} nats", passing=True))
+
+    def progress(history):
+        if len(history) % 10 == 1:
+            report(f"prior: {c.gmm_components} Gaussians for {len(z)} codes, EM step {len(history)}, "
+                   f"log-likelihood {history[-1]:.3f} nats")
+    model.mixture = GaussianMixture(c.gmm_components).fit(z, generator=g, progress=progress)
 
 def in_precision(precision, device):
     """The context in which networks run in bf16 if asked for; "auto" asks for it on CUDA that has it."""
@@ -1081,7 +1084,7 @@ def load_split(config, split):
     return load_images(config.dataset, config.data_dir, config.image_size, split)[0]
 
 def settle(given):
-    """Options given, over the run's own, over the preset -> the DiffuseVAE to work on, trained as far as it is.
+    """Options given, over the run's own, over the preset -> the DiffuseVAE to work on, trained or not.
 
     Raises ValueError that lists the options of the model in which the command contradicts the run.
     """
@@ -1139,6 +1142,8 @@ def train_stages(model):
                    f"{(total - step) * batch / speed / 60:.1f} min left", passing=step < total)
             if step % c.save_every < c.log_every or step == total:
                 save_checkpoint(model, c.run_dir)
+        if device.type == "cuda":
+            report(f"{stage}: at most {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory")
         if model.vae and (not model.mixture or model.mixture.components != c.gmm_components):
             fit_prior(model, images)
             save_checkpoint(model, c.run_dir)
@@ -1280,7 +1285,7 @@ def main(argv=None):
         memory = isinstance(e, MemoryError) or "memory" in str(e)
         if isinstance(e, RuntimeError) and not memory:    # not the user's to mend
             raise
-        why = "memory does not suffice, take smaller batches, images or networks: " if memory else ""
+        why = "too little memory, lower --batch-size, --vae-batch or --sample-batch: " if memory else ""
         print("diffusevae:", (why + str(e)).split("\n")[0], file=sys.stderr)
         return 2
 

@@ -846,13 +846,13 @@ def test_compiled_steps_are_one_graph(monkeypatch):
     from torch._dynamo.testing import CompileCounter
     real = torch.compile
     for formulation, z_cond in (("1", True), ("2", False), ("none", False)):
-        c, counters = tiny(formulation=formulation, z_cond=z_cond, compile="on", vae_steps=20, ddpm_steps=20, dropout=0.1), []
+        c, counters = tiny(formulation=formulation, z_cond=z_cond, compile="on", vae_steps=20, ddpm_steps=20, dropout=0.1, batch_size=3), []
 
-        def traced(f, counters=counters):
+        def traced(f, counters=counters, **options):
             counters.append(CompileCounter())
-            return real(f, backend=counters[-1], fullgraph=True)    # a break in the graph is an error
+            return real(f, backend=counters[-1], fullgraph=True, **options)    # a break in the graph is an error
 
-        torch._dynamo.reset()
+        torch._dynamo.reset()    # once: the second stage, of another batch, meets what the first left
         monkeypatch.setattr(torch, "compile", traced)
         model = finish(c, diffusevae.draw_shapes(8, 8, 0)[0])[0]
         monkeypatch.setattr(torch, "compile", real)
@@ -1335,12 +1335,18 @@ def test_full_disk(capsys):
 
 
 def test_lack_of_memory_is_one_sentence(capsys, monkeypatch):
-    """What CUDA and the CPU raise when memory does not suffice: the options to lower are named."""
+    """What CUDA and the CPU raise when memory does not suffice: the options to lower are named, the checkpoint is kept."""
+    assert command("--run-dir", "r") == 0
+    before, loss = Path("r/model.pt").read_bytes(), DiffuseVAE.loss
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory"), MemoryError()):
-        def fail(given, error=error):
+        def fail(self, x, unet=None, error=error):
             raise error
-        monkeypatch.setattr(diffusevae, "run", fail)
-        assert "smaller batches" in refusal(capsys, diffusevae.main([]))
+        monkeypatch.setattr(DiffuseVAE, "loss", fail)
+        capsys.readouterr()
+        assert "lower --batch-size, --vae-batch or --sample-batch" in refusal(capsys, command("--run-dir", "r", ddpm_steps=9))
+        assert Path("r/model.pt").read_bytes() == before
+    monkeypatch.setattr(DiffuseVAE, "loss", loss)
+    assert command("--run-dir", "r", ddpm_steps=9) == 0
 
 
 def test_every_option_at_its_edges():
