@@ -1263,9 +1263,10 @@ def parse(argv=None):
     for f in dataclasses.fields(Config):
         takes, value, how = f.metadata["takes"], getattr(preset, f.name), dict(type=f.type)
         if f.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
+            how, value = dict(action=argparse.BooleanOptionalAction), "on" if value else "off"
         elif f.type is tuple:
-            how, value = dict(type=numbers, metavar="1,2,2,2"), ",".join(map(str, value)) or "none"
+            how = dict(type=numbers, metavar=",".join(map(str, f.default)))
+            value = ",".join(map(str, value)) or "none"
         else:
             words = "{" + ",".join(takes) + "}" if takes and f.type is str else "PATH"
             how["metavar"] = {int: "N", float: "X"}.get(f.type, words)
