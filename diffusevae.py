@@ -1215,7 +1215,7 @@ def draw_reconstructions(model):
 
 def draw_interpolations(model):
     """interpolate.png: from one test image to another: in z, in x_T and in both."""
-    grids, words = [], dict(z="z, x_T fixed", x_T="x_T, z fixed", both="z and x_T")
+    grids, words = [], dict(z="z moves, x_T stays", x_T="x_T moves, z stays", both="both move")
     for along in words:
         for pair in held_out(model, 4).split(2):
             z, x_T = model.path(*model.invert(pair), along=along)
