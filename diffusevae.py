@@ -256,8 +256,8 @@ class GaussianDiffusion:
         """The y_T [B, ...] from which DDIM (eta = 0, clip=False, the same steps) returns x0 [B, ...].
 
         A DDIM step backwards is implicit: y_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps has x_0 and eps from the
-        network at the unknown y_t. But of the two only one need be: y_s gives the other. Fixed-point iterations
-        from y_t = y_s contract fast if it is the one that hardly depends on y_t: eps in images, x_0 in noise.
+        network at the unknown y_t. But only one of the two need be: y_s gives the other. Fixed-point steps
+        from y_t = y_s converge fast if it is the one that hardly depends on y_t: eps in images, x_0 in noise.
         """
         y, a_s = x0, 1.0
         for t in timesteps_for(self.timesteps, steps, spacing).tolist():
@@ -429,7 +429,7 @@ class GaussianMixture:
     def fit(self, z, iterations=100, tolerance=1e-3, generator=None, progress=None):
         """Points z [N, D] -> self; ends when an iteration gains less than `tolerance` nats a point.
 
-        Greedy k-means++, 20 steps of k-means, then EM; `history` is the mean log-likelihood of each iteration,
+        Greedy k-means++, 20 steps k-means, then EM; `history` is the mean log-likelihood of each iteration;
         progress(history) sees it grow. ValueError for fewer points than components, or some not finite.
         """
         N, K = len(z), self.components
@@ -437,10 +437,10 @@ class GaussianMixture:
             raise ValueError(f"gmm_components {K} needs as many points, all finite, not {N}: take fewer")
         gap, centres = torch.full_like(z[:, 0], 1e30), z[:0]    # squared distance to the nearest centre [N]
         for _ in range(K):    # of ten points, likelier the farther they are, the one that closes most gaps
-            picks = torch.multinomial(gap.cpu() + 1e-12, 10, replacement=True, generator=generator).to(z.device)
-            gaps = torch.minimum(gap, torch.cdist(z[picks], z).square())    # [10, N]
+            picks = z[torch.multinomial(gap.cpu() + 1e-12, 10, True, generator=generator).to(z.device)]
+            gaps = torch.minimum(gap, torch.cdist(picks, z).square())    # [10, N]
             best = gaps.sum(1).argmin()
-            gap, centres = gaps[best], torch.cat([centres, z[picks[best]][None]])
+            gap, centres = gaps[best], torch.cat([centres, picks[best][None]])
         for _ in range(20):
             owner = F.one_hot(torch.cdist(z, centres).argmin(1), K).to(z)    # [N, K]
             centres = torch.where(owner.sum(0)[:, None] > 0, owner.T @ z / owner.sum(0)[:, None], centres)
@@ -892,7 +892,7 @@ def train(model, stage, images):
         return trained.loss(x, c.kl_weight) if is_vae else (model.loss(x, trained),)
     if c.compile == "on" or c.compile == "auto" and device.type == "cuda":
         start = torch.zeros(1, device=device)
-        model.diffusion.target(start, start.long(), start)    # fills its tables, which would cost a second graph
+        model.diffusion.target(start, start.long(), start)    # fills its tables, else a second graph
         objective = torch.compile(objective, dynamic=False)
     step, losses = model.state["steps"][stage], []    # losses stay on the device until a row needs them
     warmup, clock = min(c.warmup, total // 10), time.perf_counter()
@@ -1010,9 +1010,17 @@ def load_run(run_dir, trained=False):
         model.load_state_dict(whole["model"])
         model.state = {name: whole[name] for name in model.state}
         untrained = model.state["steps"]["ddpm"] == 0
+        if not trained and whole["stage"]:    # what `train` goes on with has to fit as well
+            network = copy.deepcopy(model.vae if whole["stage"] == "vae" else model.unet)
+            network.load_state_dict(whole["trained"])
+            torch.optim.Adam(network.parameters()).load_state_dict(whole["optimizer"])
+            for p, moments in zip(network.parameters(), whole["optimizer"]["state"].values(), strict=True):
+                if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
+                    raise ValueError
         if whole["mixture"]:
             model.mixture = GaussianMixture(0)
             vars(model.mixture).update(whole["mixture"])
+            model.vae.decode(model.mixture.sample(1, torch.Generator()))    # it fits
     except Exception as e:    # a damaged archive fails in many ways
         raise ValueError(f"{path} is damaged or too old ({type(e).__name__}): move it away") from None
     if trained and untrained:
@@ -1186,7 +1194,7 @@ def save_images(model, run_dir):
         todo = [i for i in indices if not (run_dir / "samples" / f"{i:06}.png").exists()]
         for folder, images in zip(("vae_samples", "samples"), draw(model, todo)[::-1] if todo else ()):
             for i, image in zip(todo, to_uint8(images).cpu()):
-                png = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())    # [S, S, 3], or [S, S] of grey
+                png = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())    # [S, S, 3] or [S, S]
                 save_atomic(run_dir / folder / f"{i:06}.png", lambda f: png.save(f, format="PNG"))
         took = time.perf_counter() - began
         report(f"drew {indices[-1] + 1} of {c.num_samples} in {took:.1f} s", passing=True)

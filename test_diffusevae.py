@@ -1282,6 +1282,26 @@ def test_edited_checkpoints_are_refused(capsys, change, stage):
     assert "model.pt" in refusal(capsys, diffusevae.main(f"--run-dir r --stage {stage}".split())) and not Path("boom").exists()
 
 
+def test_edited_training_states_are_refused(capsys):
+    """What only training needs, changed by hand: refused before a step is taken; sampling does not mind."""
+    assert command("--run-dir", "r") == 0
+    whole = Path("r/model.pt").read_bytes()
+    for change in ("trained", "moments", "groups", "gone"):
+        state = torch.load(io.BytesIO(whole), weights_only=True)
+        if change == "trained":
+            state["trained"]["middle.0.norm.weight"] = torch.zeros(1)
+        if change == "moments":
+            state["optimizer"]["state"][3]["exp_avg"] = torch.zeros(1)
+        if change == "groups":
+            state["optimizer"]["param_groups"] = []
+        if change == "gone":
+            del state["optimizer"]["state"][0]
+        torch.save(state, "r/model.pt")
+        capsys.readouterr()
+        assert "model.pt" in refusal(capsys, command("--run-dir", "r", ddpm_steps=9))
+        assert command("--run-dir", "r", "--stage", "sample", **small()) == 0
+
+
 def test_a_loss_that_is_not_finite_stops(capsys, monkeypatch):
     """The last good row is told, and the checkpoint before it is kept and can be continued."""
     assert command("--run-dir", "r", "--save-every", 2, ddpm_steps=4) == 0
