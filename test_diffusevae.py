@@ -1090,7 +1090,7 @@ def test_samples_do_not_depend_on_the_batch():
         assert abs(shots[0] - shots[-1]).max() <= 1 and np.ptp(shots[-1], axis=0).max() > 9
         assert len(files("r/vae_samples")) == 7
         shutil.rmtree("r/samples")
-    words = "--run-dir r --stage sample --save-images --eta 1 --steps 2 --num-samples 70 --sample-batch 2".split()
+    words = "--run-dir r --stage sample --save-images --eta 1 --steps 2 --num-samples 70 --sample-batch 2 --device cpu".split()
     assert diffusevae.main(words) == 0
     whole = files("r/samples")
     os.remove("r/samples/000066.png"), os.remove("r/samples/000003.png")
