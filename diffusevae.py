@@ -4,8 +4,9 @@
 # ///
 """DiffuseVAE in one file: a VAE draws a blurry image from a latent code, a conditional DDPM refines it.
 
-    python diffusevae.py                      # built-in shapes, on a CPU: both stages, samples, figures
-    python diffusevae.py --dataset cifar10    # the real thing, on one CUDA GPU
+    python diffusevae.py                              # built-in shapes, on a CPU: both stages, samples
+    python diffusevae.py --dataset cifar10            # the real thing, on one CUDA GPU
+    python diffusevae.py --dataset cifar10 --small    # real photographs on two CPU cores, in an hour or two
     python diffusevae.py --stage sample --num-samples 1000 --steps 10 --save-images
 
 After "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation from Low-Dimensional Latents"
@@ -28,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ========================================================================================================
-# Part one, the model: torch alone; VAE, GaussianDiffusion, UNet and GaussianMixture can be copied one by one
+# Part one, the model: torch alone; sections 1 to 4 can be copied one by one, 4 with `randn` of 2
 # ========================================================================================================
 
 # --------------------------------------------------------------------------------------------------------
@@ -51,26 +52,28 @@ class VAE(nn.Module):
 
     def __init__(self, image_size, channels=3, z_dim=512, width=64):
         super().__init__()
-        size, c, down, up = image_size, channels, [], []
-        while size % 2 == 0 and size > 4:    # outwards from the image: `up` grows at its front
-            c_out = min(2 * c, 4 * width) if down else width
-            down += [nn.Conv2d(c, c_out, 4, stride=2, padding=1), nn.SiLU()]
-            c_up = c if up else width
-            up = [nn.Upsample(scale_factor=2), nn.Conv2d(c_out, c_up, 3, padding=1), nn.SiLU(), *up]
-            size, c = size // 2, c_out
-        flat, hidden, last = c * size * size, 16 * width, width if up else channels
+        size, maps = image_size, [channels]    # channels of the maps, from the image inwards
+        while size % 2 == 0 and size > 4:
+            maps.append(min(width * 2 ** (len(maps) - 1), 4 * width))
+            size //= 2
+        down, up = [], []
+        for c_in, c_out in zip(maps, maps[1:]):
+            down += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.SiLU()]
+        for c_in, c_out in zip(maps[:0:-1], [*maps[-2:0:-1], width]):    # the same maps backwards, then width
+            up += [nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_out, 3, padding=1), nn.SiLU()]
+        flat, hidden = maps[-1] * size * size, 16 * width
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.SiLU(),
                                      nn.Linear(hidden, 2 * z_dim))
         self.decoder = nn.Sequential(nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, flat), nn.SiLU(),
-                                     nn.Unflatten(1, (c, size, size)), *up,
-                                     nn.Conv2d(last, channels, 3, padding=1), nn.Tanh())
+                                     nn.Unflatten(1, (maps[-1], size, size)), *up,
+                                     nn.Conv2d(width if up else channels, channels, 3, padding=1), nn.Tanh())
         for layer in self.modules():    # from PyTorch's smaller weights some seeds never use the whole code
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(self, x):
         """Images [B, C, S, S] -> mu, logvar of q(z|x), each [B, z_dim]."""
-        mu, logvar = self.encoder(x).to(x.dtype).chunk(2, dim=1)
+        mu, logvar = self.encoder(x).to(x.dtype).chunk(2, dim=1)    # bf16 under autocast
         return mu, logvar.clamp(-20, 20)    # beyond that exp() drowns the rest of the loss
 
     def decode(self, z):
@@ -99,7 +102,7 @@ def randn(shape, like, generator=None):
     """Standard-normal noise with the device and dtype of `like`; `generator` is None, a torch.Generator, or a
     list of one for each of the shape[0] images, whose noise then does not depend on the rest of its batch."""
     if isinstance(generator, (list, tuple)):
-        return torch.stack([randn(shape[1:], like, g) for g in generator])
+        return torch.stack([randn(shape[1:], like, g) for g in generator]).reshape(shape)
     device = like.device if generator is None else generator.device
     return torch.randn(shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
 
@@ -115,15 +118,12 @@ def timesteps_for(timesteps, steps, spacing="trailing"):
     T, n = timesteps, steps
     if not 1 <= n <= T:
         raise ValueError(f"steps must be from 1 to {T}, the timesteps, not {n}")
-    if spacing not in ("uniform", "quad", "trailing"):
+    kept = dict(uniform=[i * T // n for i in range(n)],
+                quad=[max(i, int(0.8 * T * (i / max(1, n - 1)) ** 2)) for i in range(n)],
+                trailing=[(i + 1) * T // n - 1 for i in range(n)])
+    if spacing not in kept:
         raise ValueError(f"spacing must be uniform, quad or trailing, not {spacing!r}")
-    if spacing == "trailing" or n == 1:
-        kept = [(i + 1) * T // n - 1 for i in range(n)]
-    elif spacing == "uniform":
-        kept = [i * T // n for i in range(n)]
-    else:
-        kept = [max(i, int(0.8 * T * (i / (n - 1)) ** 2)) for i in range(n)]
-    return torch.tensor(kept)
+    return torch.tensor(kept["trailing" if n == 1 else spacing])
 
 class GaussianDiffusion:
     """Images into noise and back (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502), for any network.
@@ -147,13 +147,11 @@ class GaussianDiffusion:
         T, f64 = timesteps, torch.float64
         if schedule == "linear":
             beta = torch.linspace(beta_start, beta_end, T, dtype=f64)
-        elif schedule == "geometric":
-            beta = torch.logspace(math.log10(beta_start), math.log10(beta_end), T, dtype=f64)
         elif schedule == "cosine":    # arXiv 2102.09672, equation 17; beta_start and beta_end play no part
             f = ((torch.arange(T + 1, dtype=f64) / T + 0.008) / 1.008 * math.pi / 2).cos().square()
             beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(f"schedule must be linear, cosine or geometric, not {schedule!r}")
+            raise ValueError(f"schedule must be linear or cosine, not {schedule!r}")
         if not 0 < beta.min() <= beta.max() < 1:
             raise ValueError(f"betas must lie between 0 and 1, not reach from {beta_start} to {beta_end}")
         if predict not in ("eps", "v"):
@@ -163,17 +161,12 @@ class GaussianDiffusion:
         self.alpha_bar = torch.cat([(1 - beta).cumprod(0), torch.ones(1, dtype=f64)])
         left = self.alpha_bar[T - 1].sqrt()
         if left > 0.1:
-            raise ValueError(f"the {schedule} schedule leaves {left:.2f} of the image in x_T, over the 0.10 "
-                             "that sampling from noise bears: take more timesteps or larger betas")
-        self._tables = {}    # sqrt(a_t) and sqrt(1 - a_t) for each device and dtype, from float64, cast once
+            raise ValueError(f"{left:.2f} of the image is left in x_T: take more timesteps or larger betas")
 
     def _signal_sigma(self, t, like):
         """sqrt(a_t) and sqrt(1 - a_t) for t [B], each [B, 1, ...] with the dimensions of `like`."""
-        key = like.device, like.dtype
-        if key not in self._tables:
-            table = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])
-            self._tables[key] = table.to(like.dtype).to(like.device)
-        return self._tables[key][:, t].reshape(2, -1, *[1] * (like.dim() - 1))
+        table = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()])    # float64 on the CPU
+        return table.to(like.dtype).to(like.device)[:, t].reshape(2, -1, *[1] * (like.dim() - 1))
 
     def q_sample(self, x0, t, noise, shift=0):
         """x_t ~ q(x_t | x_0), [B, ...], from x0 and noise [B, ...], t [B] (arXiv 2006.11239, equation 4)."""
@@ -202,38 +195,28 @@ class GaussianDiffusion:
         s = t - 1 if s is None else torch.as_tensor(s).cpu().reshape(-1)
         a_t, a_s = self.alpha_bar[t], self.alpha_bar[s]
         b = 1 - a_t / a_s    # beta of the jump from s to t
+        of_x0, of_y = b * a_s.sqrt() / (1 - a_t), (1 - b).sqrt() * (1 - a_s) / (1 - a_t)
 
         def column(values):    # [B] -> [B, 1, ...]
             return values.to(x_t.dtype).to(x_t.device).reshape(-1, *[1] * (x_t.dim() - 1))
-        of_x0, of_y = b * a_s.sqrt() / (1 - a_t), (1 - b).sqrt() * (1 - a_s) / (1 - a_t)
-        mean = column(of_x0) * x0 + column(of_y) * (x_t - shift) + column((s >= 0).double()) * shift
-        return mean, column(b * (1 - a_s) / (1 - a_t))
-
-    def plan(self, steps, eta=0.0, spacing="trailing", variance="small"):
-        """The jumps (t, s) of a sampler, from noise to image. Raises ValueError for steps or spacing that
-        timesteps_for refuses, eta outside [0, 1], a large variance with skipped steps, which is unsound."""
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be from 0 (DDIM) to 1 (ancestral sampling), not {eta}")
-        if variance not in ("small", "large") or variance == "large" and (eta < 1 or steps < self.timesteps):
-            raise ValueError(f"variance must be small, or large with eta 1 and all {self.timesteps} steps")
-        kept = timesteps_for(self.timesteps, steps, spacing).tolist()
-        return list(zip(kept[::-1], [*kept[-2::-1], -1]))
+        mean = column(of_x0) * x0 + column(of_y) * (x_t - shift)
+        return torch.where(column(s) < 0, mean, mean + shift), column(b * (1 - a_s) / (1 - a_t))
 
     @torch.no_grad()
-    def trajectory(self, model, y_T, steps, eta=0.0, spacing="trailing", shift=0, clip=True, variance="small",
-                   generator=None):
+    def trajectory(self, model, y_T, steps, eta=0.0, spacing="trailing", shift=0, clip=True, generator=None):
         """Denoise y_T [B, ...] step by step; yields s, x_s, predicted x_0 (arXiv 2010.02502, equation 12).
 
             y_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) eps + sigma noise
             sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s)
 
-        eta = 0 is DDIM, eta = 1 ancestral sampling, with the posterior's variance or (large) beta_t. `clip`
-        keeps x_0 in [-1, 1], eps following. The last step adds no noise. See `plan` for what is refused.
+        eta in [0, 1]: 0 is DDIM, 1 ancestral sampling with the posterior's variance. `clip` keeps x_0 in
+        [-1, 1], eps following. The last step adds no noise. The first one raises what timesteps_for raises.
         """
+        kept = [-1, *timesteps_for(self.timesteps, steps, spacing).tolist()]    # -1 is the clean image
         x = y_T + shift
-        for t, s in self.plan(steps, eta, spacing, variance):
-            a_t, a_s = self.alpha_bar[t].item(), self.alpha_bar[s].item()
-            t = torch.full((len(x),), t, device=x.device)
+        for i, s in zip(kept[:0:-1], kept[-2::-1]):    # each kept step and the one before it, noise to image
+            a_t, a_s = self.alpha_bar[i].item(), self.alpha_bar[s].item()
+            t = torch.full((len(x),), i, device=x.device)
             x0, eps = self.predict_x0(x, t, model(x, t), shift)
             if clip:
                 x0 = x0.clamp(-1, 1)
@@ -241,8 +224,8 @@ class GaussianDiffusion:
             sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
             x = a_s**0.5 * x0 + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps
             if s >= 0:
-                spread = (1 - a_t / a_s) ** 0.5 if variance == "large" else sigma
-                x = x + shift + (spread * randn(x.shape, x, generator) if spread else 0)
+                noise = randn(x.shape, x, generator) if eta else 0.0
+                x = x + shift + sigma * noise
             yield s, x, x0
 
     def sample(self, model, y_T, steps, eta=0.0, **options):
@@ -253,19 +236,20 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def invert(self, model, x0, steps, spacing="trailing", shift=0, iterations=5):
-        """The y_T [B, ...] from which DDIM (eta = 0, clip=False, the same steps) returns x0 [B, ...].
+        """The y_T [B, ...] from which DDIM (eta = 0, the same steps and spacing) returns x0 [B, ...], nearly:
+        the fewer the steps, the more `iterations` it takes. It calls the network steps * iterations times.
 
-        A DDIM step backwards is implicit: y_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps has x_0 and eps from the
-        network at the unknown y_t. But only one of the two need be: y_s gives the other. Fixed-point steps
-        from y_t = y_s converge fast if it is the one that hardly depends on y_t: eps in images, x_0 in noise.
+        A DDIM step backwards is implicit: x_0 and eps in y_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps come from
+        the network at the unknown y_t. But y_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps gives one from the other:
+        take from the network only the one that hardly depends on y_t, eps in images, x_0 in noise.
         """
         y, a_s = x0, 1.0
-        for t in timesteps_for(self.timesteps, steps, spacing).tolist():
-            y_s, a_t = y, self.alpha_bar[t].item()
-            t = torch.full((len(y),), t, device=y.device)
+        for i in timesteps_for(self.timesteps, steps, spacing).tolist():
+            y_s, a_t = y, self.alpha_bar[i].item()
+            t = torch.full((len(y),), i, device=y.device)
             for _ in range(iterations):
                 guess, eps = self.predict_x0(y + shift, t, model(y + shift, t), shift)
-                if a_t > 0.5 or a_s == 1:
+                if a_t > 0.5 or a_s == 1:    # at a_s = 1 y_s holds no eps
                     guess = (y_s - (1 - a_s) ** 0.5 * eps) / a_s**0.5
                 else:
                     eps = (y_s - a_s**0.5 * guess) / (1 - a_s) ** 0.5
@@ -284,7 +268,7 @@ class GaussianDiffusion:
         """
         def bits(nats):    # [B, ...] -> [B]
             return nats.flatten(1).mean(1) / math.log(2)
-        a_T, L_t = self.alpha_bar[self.timesteps - 1].item(), 0
+        L_t, a_T = 0, self.alpha_bar[self.timesteps - 1].item()
         for i in reversed(range(self.timesteps)):
             t = torch.full((len(x0),), i, device=x0.device)
             x_t = self.q_sample(x0, t, randn(x0.shape, x0, generator), shift)
@@ -293,7 +277,7 @@ class GaussianDiffusion:
                 mean, variance = self.q_posterior(x0, x_t, i, shift=shift)
                 p_mean, _ = self.q_posterior(guess, x_t, i, shift=shift)
                 L_t = L_t + bits((mean - p_mean).square() / (2 * variance))
-        sd = self.q_posterior(x0, x_t, 1)[1].sqrt()
+        sd = self.q_posterior(x0, x_t, 1)[1].sqrt()    # of t = 1; guess is the loop's last, that of t = 0
         high = torch.special.ndtr((x0 + 1 / 255 - guess) / sd)    # the mass below the upper edge of x_0's bin
         low = torch.special.ndtr((x0 - 1 / 255 - guess) / sd)
         high, low = torch.where(x0 > 0.999, 1.0, high), torch.where(x0 < -0.999, 0.0, low)    # open ends
@@ -316,16 +300,15 @@ class UNet(nn.Module):
         [256, 4, 4]    2 blocks                           block, attention, block     3 blocks, double
 
     Each conv, block and halving on the way down leaves its map as further input to a block on the way up.
-    `attention` lists RESOLUTIONS: 16 means the 16x16 maps; the middle always attends. Raises ValueError for
-    sizes that do not halve, resolutions that never occur, heads that do not divide the channels.
+    `attention` lists RESOLUTIONS: 16 means the 16x16 maps; the middle always attends, unless heads is 0.
+    Raises ValueError for sizes that do not halve, resolutions that do not occur, heads that do not divide.
     """
 
     def __init__(self, image_size, channels=3, cond_channels=0, width=128, mults=(1, 2, 2, 2), res_blocks=2,
                  attention=(), heads=8, dropout=0.0, z_dim=0):
         super().__init__()
         if image_size % 2 ** (len(mults) - 1):
-            raise ValueError(f"image_size {image_size} must be a multiple of {2 ** (len(mults) - 1)}, "
-                             f"to be halved {len(mults) - 1} times: or take fewer unet_mults")
+            raise ValueError(f"image_size {image_size} does not halve {len(mults) - 1} times: see unet_mults")
         sizes = [image_size >> i for i in range(len(mults))]
         for size in set(attention) - set(sizes):
             raise ValueError(f"attention at {size} never occurs: the maps are {', '.join(map(str, sizes))}")
@@ -355,8 +338,8 @@ class UNet(nn.Module):
 
     def forward(self, x_t, t, x_hat=None, z=None):
         """x_t [B, C, S, S], t [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> prediction like x_t."""
-        half = torch.arange(self.width // 2, device=t.device) / (self.width // 2)
-        angle = t[:, None] * torch.exp(-math.log(10_000) * half)    # [B, width // 2]
+        fraction = torch.arange(self.width // 2, device=t.device) / (self.width // 2)
+        angle = t[:, None] * torch.exp(-math.log(10_000) * fraction)    # [B, width // 2]
         waves = F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, self.width % 2)).to(x_t.dtype)
         emb = F.silu(self.embed_t(waves) + (self.embed_z(z) if self.embed_z else 0))    # [B, 4 width]
         h = self.first(torch.cat([x_t, x_hat], dim=1) if self.cond_channels else x_t)    # [B, width, S, S]
@@ -404,7 +387,7 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
 
 def group_norm(channels):
-    """GroupNorm with up to 32 groups of at least four channels each, for any number of channels."""
+    """GroupNorm with up to 32 groups, a power of two of them, of at least four channels if there are four."""
     return nn.GroupNorm(max(1, math.gcd(channels, 128) // 4), channels)
 
 def zeroed(layer):
@@ -416,6 +399,20 @@ def zeroed(layer):
 # --------------------------------------------------------------------------------------------------------
 # 4 Mixture: a density fitted to the latents, the prior that codes are drawn from
 # --------------------------------------------------------------------------------------------------------
+def k_means(z, k, generator=None):
+    """Points z [N, D] -> each one's cluster, one-hot [N, k]: greedy k-means++ centres, then 20 steps."""
+    gap, centres = torch.full_like(z[:, 0], 1e30), z[:0]    # squared distance to the nearest centre [N]
+    for _ in range(k):    # of ten points, drawn with chances ~ gap, the one that leaves the least sum of gaps
+        drawn = torch.multinomial(gap.cpu() + 1e-12, 10, replacement=True, generator=generator)
+        candidates = z[drawn.to(z.device)]    # [10, D]
+        gaps = torch.minimum(gap, torch.cdist(candidates, z).square())    # [10, N]
+        best = gaps.sum(1).argmin()
+        gap, centres = gaps[best], torch.cat([centres, candidates[best][None]])
+    for _ in range(20):
+        owner = F.one_hot(torch.cdist(z, centres).argmin(1), k).to(z)    # [N, k]
+        centres = torch.where(owner.sum(0)[:, None] > 0, owner.T @ z / owner.sum(0)[:, None], centres)
+    return owner
+
 class GaussianMixture:
     """Gaussians with full covariances, fitted by EM: ex-post density estimation (arXiv 1903.12436).
 
@@ -426,51 +423,41 @@ class GaussianMixture:
     def __init__(self, components):
         self.components = components
 
-    def fit(self, z, iterations=100, tolerance=1e-3, generator=None, progress=None):
-        """Points z [N, D] -> self; ends when an iteration gains less than `tolerance` nats a point.
+    def fit(self, z, iterations=100, tolerance=1e-3, generator=None):
+        """Points z [N, D] -> self; EM from k-means, ended by a gain of less than `tolerance` nats a point.
 
-        Greedy k-means++, 20 steps k-means, then EM; `history` is the mean log-likelihood of each iteration;
-        progress(history) sees it grow. ValueError for fewer points than components, or some not finite.
+        `history` is the mean log-likelihood after each iteration. Raises ValueError for fewer points than
+        components, and for points that are not finite.
         """
         N, K = len(z), self.components
         if N < K or not z.isfinite().all():
-            raise ValueError(f"gmm_components {K} needs as many points, all finite, not {N}: take fewer")
-        gap, centres = torch.full_like(z[:, 0], 1e30), z[:0]    # squared distance to the nearest centre [N]
-        for _ in range(K):    # of ten points, likelier the farther they are, the one that closes most gaps
-            picks = z[torch.multinomial(gap.cpu() + 1e-12, 10, True, generator=generator).to(z.device)]
-            gaps = torch.minimum(gap, torch.cdist(picks, z).square())    # [10, N]
-            best = gaps.sum(1).argmin()
-            gap, centres = gaps[best], torch.cat([centres, picks[best][None]])
-        for _ in range(20):
-            owner = F.one_hot(torch.cdist(z, centres).argmin(1), K).to(z)    # [N, K]
-            centres = torch.where(owner.sum(0)[:, None] > 0, owner.T @ z / owner.sum(0)[:, None], centres)
+            raise ValueError(f"gmm_components {K} takes as many points or more, all finite, not these {N}")
         floor = (1e-6 * z.var(0, unbiased=False).mean() + 1e-9) * torch.eye(z.shape[1]).to(z)
-        resp, self.history = owner, []    # responsibilities [N, K]
+        share = k_means(z, K, generator)    # p(component | point) [N, K]
+        self.history = []
         while len(self.history) < iterations:
-            mass = resp.sum(0) + 1e-9
-            self.weights, self.means = mass / mass.sum(), resp.T @ z / mass[:, None]
-            covs = []
+            mass = share.sum(0) + 1e-9
+            self.weights, self.means = mass / mass.sum(), share.T @ z / mass[:, None]
+            covariances = []
             for k in range(K):
-                near = (resp[:, k] > 1e-12).nonzero()[:, 0]    # most points are not, and add nothing
-                y = (z[near] - self.means[k]) * resp[near, k, None].sqrt()
-                covs.append(y.T @ y / mass[k] + floor)
-            self.chol = torch.linalg.cholesky(torch.stack(covs))
+                near = (share[:, k] > 1e-12).nonzero()[:, 0]    # most points are not, and add nothing
+                y = (z[near] - self.means[k]) * share[near, k, None].sqrt()
+                covariances.append(y.T @ y / mass[k] + floor)
+            self.chol = torch.linalg.cholesky(torch.stack(covariances))
             joint = self._joint(z)
             self.history.append(joint.logsumexp(1).mean().item())
-            if progress:
-                progress(self.history)
             if len(self.history) > 1 and self.history[-1] < self.history[-2] + tolerance:
                 break
-            resp = joint.softmax(1)
+            share = joint.softmax(1)
         return self
 
     def _joint(self, z):
         """log(weight times density) of each component at z [N, D] -> [N, K]."""
-        inverse = torch.linalg.solve_triangular(self.chol, torch.eye(z.shape[1]).to(z), upper=False)
-        white = (torch.addmm(-p @ mean, z, p.T) for p, mean in zip(inverse, self.means))    # [N, D] each
-        squares = torch.stack([w.square().sum(1) for w in white], dim=1)
-        logdet = self.chol.diagonal(dim1=1, dim2=2).log().sum(1)
-        return self.weights.log() - logdet - 0.5 * (squares + z.shape[1] * math.log(2 * math.pi))
+        columns = []
+        for weight, mean, chol in zip(self.weights, self.means, self.chol):
+            white = torch.linalg.solve_triangular(chol, (z - mean).T, upper=False)    # [D, N]
+            columns.append(weight.log() - chol.diagonal().log().sum() - 0.5 * white.square().sum(0))
+        return torch.stack(columns, dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
     def log_prob(self, z):
         """Points z [N, D] -> log-density [N], in nats."""
@@ -507,8 +494,7 @@ class DiffuseVAE(nn.Module):
         self.unet = UNet(c.image_size, c.channels, 0 if plain else c.channels, c.unet_width, c.unet_mults,
                          c.res_blocks, c.attention, c.heads, c.dropout,
                          c.z_dim if c.z_cond and not plain else 0)
-        ends = (1e-4, 0.05 if c.schedule == "geometric" else 0.02)    # of beta, for T = 1000
-        betas = [min(0.999, b * 1000 / c.timesteps) for b in ends]
+        betas = [min(0.999, beta * 1000 / c.timesteps) for beta in (1e-4, 0.02)]
         self.diffusion = GaussianDiffusion(c.timesteps, *betas, c.schedule, c.predict)
         self.mixture = None    # a GaussianMixture, once stage 1 is done
         self.state = dict(steps=dict(vae=0, ddpm=0), log=[], stage=None, trained=None, optimizer=None)
@@ -533,7 +519,7 @@ class DiffuseVAE(nn.Module):
         """z ~ q(z|x) and its x_hat, what stage 2 is shown of images x; None and None without a VAE."""
         if not self.vae:
             return None, None
-        z = self.encode(x, True, generator)
+        z = self.encode(x, draw=True, generator=generator)
         return z, self.vae.decode(z)
 
     def denoiser(self, x_hat=None, z=None, unet=None):
@@ -542,7 +528,7 @@ class DiffuseVAE(nn.Module):
             raise ValueError("with z_cond the U-Net sees z too: give z, or encode(x_hat) in its place")
         def model(x_t, t):
             return (unet or self.unet)(x_t, t, x_hat, z).to(x_t.dtype)
-        return model, x_hat if self.config.formulation == "2" else 0
+        return model, (x_hat if self.config.formulation == "2" else 0)
 
     def latents(self, n, generator=None, **options):
         """n latents [n, z_dim] of the prior, the mixture or N(0, I). Without a VAE they are [n, 0]."""
@@ -553,10 +539,10 @@ class DiffuseVAE(nn.Module):
             raise ValueError("the prior is not fitted yet: see fit_prior, or take prior='normal'")
         return self.mixture.sample(n, generator).to(like)
 
-    def noise(self, n, generator=None, **options):
-        """n times x_T [n, C, S, S], N(0, I) times the temperature."""
-        c, like = dataclasses.replace(self.config, **options), next(self.parameters())
-        return c.temperature * randn((n, c.channels, c.image_size, c.image_size), like, generator)
+    def noise(self, n, generator=None):
+        """n times x_T ~ N(0, I), [n, C, S, S]."""
+        c = self.config
+        return randn((n, c.channels, c.image_size, c.image_size), next(self.parameters()), generator)
 
     def encode(self, x, draw=False, generator=None):
         """Images -> latents: the means of q(z|x), or draws from it. ValueError without a VAE."""
@@ -572,47 +558,23 @@ class DiffuseVAE(nn.Module):
     def refine(self, x_hat, x_T=None, z=None, generator=None, **options):
         """Blurry images, the VAE's or others -> refined; z too with z_cond. Without a VAE x_hat is None."""
         c = dataclasses.replace(self.config, **options)
-        if c.cond_noise and self.vae:
-            x_hat = x_hat + c.cond_noise * randn(x_hat.shape, x_hat, generator)
         if x_T is None:
-            x_T = self.noise(len(z if x_hat is None else x_hat), generator, **options)
+            x_T = self.noise(len(z if x_hat is None else x_hat), generator)
         model, shift = self.denoiser(x_hat, z)
         with in_precision(c.precision, x_T.device):
             return self.diffusion.sample(model, x_T, c.steps, c.eta, spacing=c.spacing, shift=shift,
-                                         variance=c.variance, generator=generator)
+                                         generator=generator)
 
     def sample(self, n, generator=None, **options):
         """n new images: codes from the prior, decoded."""
         return self.decode(self.latents(n, generator, **options), None, generator, **options)
 
     def invert(self, x, **options):
-        """Images -> latents z and the noise x_T from which decode(z, x_T, eta=0.0) returns them, in fp32."""
+        """Images -> their latents z and the noise x_T from which decode(z, x_T, eta=0.0) with the same steps
+        and spacing returns them; see GaussianDiffusion.invert."""
         c, z = dataclasses.replace(self.config, **options), self.encode(x)
         model, shift = self.denoiser(self.vae.decode(z), z)
         return z, self.diffusion.invert(model, x, c.steps, c.spacing, shift)
-
-    def reconstruct(self, x, invert=False, generator=None, **options):
-        """Images -> latents -> images, with the x_T of `invert`, or one from the forward process q(x_T|x)."""
-        if invert:
-            return self.decode(*self.invert(x, **options), **{**options, "eta": 0.0, "precision": "fp32"})
-        last = torch.full((len(x),), self.config.timesteps - 1, device=x.device)
-        x_T = self.diffusion.q_sample(x, last, randn(x.shape, x, generator))
-        return self.decode(self.encode(x), x_T, generator, **options)
-
-    def interpolate(self, x, n=9, along="both", generator=None, **options):
-        """Two images [2, C, S, S] -> n from one to the other, by `path` between their latents and noises."""
-        z, x_T = self.path(*self.invert(x, **options), n, along)
-        return self.decode(z, x_T, generator, **{**options, "eta": 0.0, "precision": "fp32"})
-
-    def path(self, z, x_T, n=9, along="both"):
-        """n latents on the line between z [2, z_dim], n noises on the arc between x_T [2, C, S, S], which
-        keeps their norm; along "z" or "x_T" the other stays."""
-        go = torch.linspace(0, 1, n, device=z.device)
-        line = z[0] + (go * (along != "x_T"))[:, None] * (z[1] - z[0])
-        w = (go * (along != "z"))[:, None, None, None]
-        angle = F.cosine_similarity(*x_T.flatten(1), dim=0).clamp(-0.9999, 0.9999).acos()
-        arc = (((1 - w) * angle).sin() * x_T[0] + (w * angle).sin() * x_T[1]) / angle.sin()
-        return line, arc
 
     def bits_per_dim(self, x, generator=None):
         """The joint model's bound: GaussianDiffusion's for one z ~ q(z|x) an image, and its KL; each [N]."""
@@ -626,7 +588,7 @@ class DiffuseVAE(nn.Module):
 # ========================================================================================================
 # Part two, the program: options, files, pictures, the command line
 # ========================================================================================================
-import argparse, contextlib, copy, json, os, sys, time, warnings, zipfile, zlib
+import argparse, contextlib, copy, json, shutil, sys, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -635,9 +597,6 @@ import numpy as np
 # --------------------------------------------------------------------------------------------------------
 # 6 Config: every option once, with its default, its help text and the values it takes
 # --------------------------------------------------------------------------------------------------------
-DATASETS = ("shapes", "mnist", "fashion_mnist", "cifar10", "folder")
-TRAINED = ("sample", "reconstruct", "interpolate", "traverse", "eval")    # stages of a trained model
-
 def option(group, default, help, takes=None):
     """A field of Config; `takes` is its words, or its smallest and largest number."""
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, takes=takes))
@@ -645,18 +604,18 @@ def option(group, default, help, takes=None):
 @dataclasses.dataclass
 class Config:
     """All options of a run; `Config.preset("cifar10", lr=1e-4)` starts from the defaults of a data set.
-
-    Raises ValueError, naming the option and what it takes, for a value that cannot work.
-    """
+    Raises ValueError, naming the option and what it takes, for a value that cannot work."""
     # what to do and where: every command says it anew
-    stage: str = option("run", "all", "all: train what is not, then sample", ("all", "vae", "ddpm", *TRAINED))
+    stage: str = option("run", "all", "all: train, then sample", ("all", "vae", "ddpm", "sample", "eval"))
     run_dir: str = option("run", "", "folder of checkpoint, log and pictures")
     device: str = option("run", "auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
     precision: str = option("run", "auto", "auto: bf16 on CUDA that has it", ("auto", "fp32", "bf16"))
     compile: str = option("run", "auto", "torch.compile; auto: on CUDA", ("auto", "on", "off"))
 
     # the model: a run is bound to these
-    dataset: str = option("model", "shapes", "shapes: drawn by this file; folder: of images", DATASETS)
+    dataset: str = option("model", "shapes", "shapes: drawn by this file; folder: of images",
+                          ("shapes", "mnist", "fashion_mnist", "cifar10", "folder"))
+    small: bool = option("model", False, "networks for a CPU in place of those of cifar10 and folder")
     image_size: int = option("model", 32, "height and width of the images", (8, 1024))
     formulation: str = option("model", "1", "x_T ~ N(0, I), x_T ~ N(x_hat, I), or no VAE", ("1", "2", "none"))
     z_dim: int = option("model", 512, "size of the latent code", (1, 65536))
@@ -670,7 +629,7 @@ class Config:
     heads: int = option("model", 8, "heads of the self-attention", (1, 64))
     dropout: float = option("model", 0.1, "dropout in the U-Net", (0, 0.9))
     timesteps: int = option("model", 1000, "T; the betas scale with 1000 / T", (2, 100_000))
-    schedule: str = option("model", "linear", "how beta grows with t", ("linear", "cosine", "geometric"))
+    schedule: str = option("model", "linear", "how beta grows with t", ("linear", "cosine"))
     predict: str = option("model", "eps", "what the U-Net predicts (v: arXiv 2202.00512)", ("eps", "v"))
 
     # training: a run remembers these, a command may change them
@@ -679,9 +638,8 @@ class Config:
     ddpm_steps: int = option("training", 400_000, "updates of the U-Net", (1, 10**9))
     vae_batch: int = option("training", 128, "images per update of the VAE", (1, 65536))
     batch_size: int = option("training", 128, "images per update of the U-Net", (1, 65536))
-    vae_lr: float = option("training", 1e-3, "peak learning rate of the VAE", (1e-9, 1e3))
-    lr: float = option("training", 2e-4, "peak learning rate of the U-Net", (1e-9, 1e3))
-    lr_decay: str = option("training", "cosine", "of both rates, down to zero", ("none", "cosine"))
+    vae_lr: float = option("training", 1e-3, "peak rate of the VAE, falling as a cosine", (1e-9, 1e3))
+    lr: float = option("training", 2e-4, "peak learning rate of the U-Net, likewise", (1e-9, 1e3))
     warmup: int = option("training", 1000, "updates while a rate rises, a tenth of all at most", (0, 10**9))
     grad_clip: float = option("training", 1.0, "largest norm of the U-Net's gradient; 0: any", (0, 1e9))
     ema: float = option("training", 0.9999, "decay of the average of the U-Net's weights", (0, 0.999999))
@@ -697,22 +655,17 @@ class Config:
     steps: int = option("sampling", 50, "steps kept of T when sampling", (1, 100_000))
     eta: float = option("sampling", 0.0, "0 is DDIM, 1 is ancestral sampling (DDPM)", (0, 1))
     spacing: str = option("sampling", "trailing", "which steps are kept", ("uniform", "quad", "trailing"))
-    variance: str = option("sampling", "small", "at eta 1; large needs every step", ("small", "large"))
-    temperature: float = option("sampling", 1.0, "standard deviation of the noise to start from", (0, 10))
     prior: str = option("sampling", "gmm", "codes from the mixture, or from N(0, I)", ("gmm", "normal"))
-    cond_noise: float = option("sampling", 0.0, "standard deviation of noise put on x_hat to refine", (0, 10))
     save_images: bool = option("sampling", False, "also as PNGs, in samples/, and x_hat in vae_samples/")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, takes = getattr(self, f.name), f.metadata["takes"]
-            if takes and isinstance(takes[0], str):
-                fits, allowed = value in takes, ", ".join(takes)
-            elif takes:    # nan fits nowhere
-                fits = all(takes[0] <= v <= takes[1] for v in (value if f.type is tuple else [value]))
-                allowed = f"numbers from {takes[0]} to {takes[1]}"
-            if takes and not fits:
-                raise ValueError(f"{flag(f.name)} takes {allowed}, not {value}")
+            if takes and f.type is str and value not in takes:
+                raise ValueError(f"{flag(f.name)} takes {', '.join(takes)}, not {value}")
+            numbers = (value or [math.nan]) if f.type is tuple else [value]    # nan fits nowhere
+            if takes and f.type is not str and not all(takes[0] <= v <= takes[1] for v in numbers):
+                raise ValueError(f"{flag(f.name)} takes numbers from {takes[0]} to {takes[1]}, not {value}")
         self.run_dir = self.run_dir or f"runs/{self.dataset}"
 
     @property
@@ -725,9 +678,13 @@ class Config:
         """The defaults of a data set, scaled to a large `image_size`, with `options` put over them."""
         size, preset = options.get("image_size", 32), dict(PRESETS.get(dataset, {}))
         if size >= 64:    # multipliers, batches and rates of the authors' networks for such images
-            mults = (1, 2, 2, 2, 4) if size < 128 else (1, 2, 2, 3, 4) if size < 256 else (1, 1, 2, 2, 4, 4)
-            preset |= dict(unet_mults=mults, vae_batch=64, sample_batch=50)
-            preset |= dict(batch_size=32, lr=2e-4) if size < 128 else dict(batch_size=8, lr=2e-5)
+            preset |= dict(unet_mults=(1, 2, 2, 2, 4), batch_size=32, vae_batch=64, sample_batch=50)
+        if size >= 128:
+            preset |= dict(unet_mults=(1, 2, 2, 3, 4), batch_size=8, lr=2e-5)
+        if size >= 256:
+            preset |= dict(unet_mults=(1, 1, 2, 2, 4, 4))
+        if options.get("small") and dataset in ("cifar10", "folder"):
+            preset |= SMALL if size < 64 else dict(SMALL, unet_width=32, batch_size=16)
         preset["steps"] = min(preset.get("steps", 50), options.get("timesteps", 1000))
         return cls(dataset=dataset, **{**preset, **options})
 
@@ -736,18 +693,22 @@ class Config:
         fields = dataclasses.fields(self)
         return {f.name: getattr(self, f.name) for f in fields if f.metadata["group"] in groups}
 
+# For CPUs: v and the cosine schedule, which give clean pictures after few updates, and high rates.
+# `shapes` takes two to five minutes on two cores, `mnist` ten, `--small` an hour or two.
+QUICK = dict(kl_weight=0.5, vae_batch=64, vae_lr=2e-3, res_blocks=1, attention=(), heads=1, dropout=0.0,
+             predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=500, steps=10)
+SMALL = dict(QUICK, z_dim=128, vae_width=32, vae_steps=10_000, unet_width=48, unet_mults=(1, 2, 2), heads=4,
+             ddpm_steps=10_000, batch_size=32, lr=1e-3, warmup=200, ema=0.999)
+MNIST = dict(QUICK, image_size=28, z_dim=32, vae_width=16, vae_steps=4000, unet_width=24,
+             unet_mults=(1, 2, 2), ddpm_steps=5000, batch_size=16, lr=2e-3, hflip=False)
 PRESETS = {
-    # Two to five minutes on two CPU cores: v and the cosine schedule (clean pictures soon), high rates.
-    "shapes": dict(image_size=16, z_dim=16, vae_width=16, kl_weight=0.5, vae_steps=6000, vae_batch=64,
-                   vae_lr=2e-3, unet_width=32, unet_mults=(1, 2), res_blocks=1, attention=(), heads=1,
-                   dropout=0.0, predict="v", schedule="cosine", ddpm_steps=3000, batch_size=16, lr=2e-3,
-                   warmup=100, ema=0.995, hflip=False, save_every=500, log_every=50, steps=10,
-                   gmm_components=10),
+    "shapes": dict(QUICK, image_size=16, z_dim=16, vae_width=16, vae_steps=6000, unet_width=32,
+                   unet_mults=(1, 2), ddpm_steps=3000, batch_size=16, lr=2e-3, hflip=False, log_every=50),
+    "mnist": MNIST,
+    "fashion_mnist": MNIST,
     # For one CUDA GPU: the authors' U-Net, but attention really at 16x16, dropout 0.1 (DDPM's; theirs is 0.3,
     # for five times as many images), and a lean VAE.
     "cifar10": dict(vae_steps=50_000, ddpm_steps=200_000),
-    "mnist": dict(z_dim=64, vae_width=32, unet_width=64, vae_steps=20_000, ddpm_steps=50_000, hflip=False),
-    "fashion_mnist": dict(z_dim=64, vae_width=32, unet_width=64, vae_steps=20_000, ddpm_steps=50_000),
 }
 
 def flag(name):
@@ -798,12 +759,38 @@ def draw_shapes(n, size, seed):
         parts.append((image * 255).round().to(torch.uint8))
     return torch.cat(parts), factors[0]
 
-def load_images(name, data_dir, image_size, split):
-    """A data set by name -> uint8 [N, C, S, S] on the CPU and labels long [N], None for a folder.
+def decode_image(path, size):
+    """An image file -> uint8 [3, *size], upright, RGB, its middle; None if it is damaged or no image."""
+    from PIL import Image, ImageOps    # torchvision brings Pillow
+    try:
+        im = ImageOps.exif_transpose(Image.open(path))
+        if im.mode in ("I", "F"):    # who knows what is white
+            return None
+        if im.mode.startswith("I;16"):    # convert() would clip it to white
+            im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
+        if im.has_transparency_data:
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
+        return np.asarray(ImageOps.fit(im.convert("RGB"), size, Image.BICUBIC)).transpose(2, 0, 1)
+    except Exception:    # a damaged file fails in many ways
+        return None
 
-    `split` is train or test; a folder keeps 5 % of its files for test. Raises ValueError for data that is
-    missing, empty or damaged.
-    """
+def load_folder(folder, size, train):
+    """The images below a folder -> uint8 [N, 3, *size]; every twentieth file, by name, is for testing."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
+    files = [path for i, path in enumerate(files) if (i % 20 > 0) == train]
+    report(f"decoding {len(files)} files below {folder}")
+    with ThreadPoolExecutor() as pool:
+        images = list(pool.map(decode_image, files, [size] * len(files)))
+    bad = [ascii(str(path.relative_to(folder))) for path, image in zip(files, images) if image is None]
+    if bad:
+        report(f"skipped {len(bad)} of {len(files)} files, no usable images: {', '.join(bad[:10])}")
+    if len(bad) == len(files):
+        raise ValueError(f"--data-dir {folder} holds no usable image to {'train' if train else 'test'} with")
+    return torch.from_numpy(np.stack([image for image in images if image is not None]))
+
+def load_images(name, data_dir, image_size, split):
+    """A data set by name, its "train" or "test" split -> uint8 [N, C, S, S] on the CPU and labels long [N],
+    None for a folder. Raises ValueError for data that is missing, empty or damaged."""
     train, size = split == "train", [image_size, image_size]
     if name == "shapes":
         return draw_shapes(50_000, image_size, seed=1) if train else draw_shapes(10_000, image_size, seed=2)
@@ -816,70 +803,25 @@ def load_images(name, data_dir, image_size, split):
     except (RuntimeError, OSError) as e:
         raise ValueError(f"{name} is not in --data-dir {data_dir} and cannot be downloaded: {e}") from None
     images = torch.as_tensor(data.data)    # [N, 28, 28] or [N, 32, 32, 3]
-    images = F.pad(images[:, None], (2, 2, 2, 2)) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    if image_size != 32:
+    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)    # [N, C, 28 or 32, ...]
+    if images.shape[3] != image_size:
         images = torchvision.transforms.functional.resize(images, size, antialias=True)
     return images.contiguous(), torch.as_tensor(data.targets)
-
-def load_folder(folder, size, train):
-    """The images below a folder, upright, RGB, cropped to their middle, resized -> uint8 [N, 3, *size].
-
-    One file in twenty, drawn once for all, is for testing. What is no usable image is skipped, counted and
-    named. Raises ValueError if the folder is missing or nothing is left.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"there is no folder {folder}: give --data-dir a folder of images")
-    files = sorted(p for p in root.rglob("*") if not p.name.startswith(".") and not p.is_dir())
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = -(-len(files) // 20)
-    files = [files[i] for i in (order[held_out:] if train else order[:held_out])]
-    report(f"decoding {len(files)} files below {folder}")
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")    # Pillow's name no file; what cannot be read is named below
-        images = list(pool.map(decode_image, files, [size] * len(files)))
-    bad = [ascii(str(path.relative_to(root))) for path, image in zip(files, images) if image is None]
-    if bad:
-        more = ", ..." if len(bad) > 10 else ""
-        report(f"skipped {len(bad)} of {len(files)} files, no usable images: {', '.join(bad[:10])}{more}")
-    if len(bad) == len(files):
-        raise ValueError(f"{folder} holds no usable image to {'train' if train else 'test'} with")
-    return torch.from_numpy(np.stack([image for image in images if image is not None]))
-
-def decode_image(path, size):
-    """An image file -> uint8 [3, *size]; None if it is damaged, huge or no image."""
-    from PIL import Image, ImageOps    # torchvision brings Pillow
-    try:
-        with Image.open(path if path.is_file() else "") as im:    # a pipe would be waited for
-            if im.width * im.height > 2**26 or im.mode in ("I", "F"):    # a bomb, or who knows what is white
-                return None
-            im = ImageOps.exif_transpose(im)
-            if im.mode.startswith("I;16"):    # convert() would clip it to white
-                im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
-            if im.has_transparency_data:
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
-            return np.asarray(ImageOps.fit(im.convert("RGB"), size, Image.BICUBIC)).transpose(2, 0, 1)
-    except Exception:    # a damaged file fails in many ways
-        return None
 
 # --------------------------------------------------------------------------------------------------------
 # 8 Training: first the VAE and its mixture, then the U-Net with the VAE frozen; one checkpoint for all
 # --------------------------------------------------------------------------------------------------------
-FORMAT = 3    # of model.pt
 LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
 
 def train(model, stage, images):
     """Train model.vae (stage "vae") or model.unet ("ddpm") on uint8 images [N, C, S, S]; yields metrics.
 
-    Every `log_every` updates it yields a dict of LOG_COLUMNS. model.unet is the moving average, ready to
-    sample; the weights that Adam moves are a copy of it. All it takes to go on, in this process or from a
-    checkpoint, is in `model.state` then. The randomness of a step follows from (seed, stage, step), so a run
-    in pieces is a run in one. Raises ValueError for losses or weights that are not finite.
+    Every `log_every` updates it yields a row of the log, and all it takes to go on is in `model.state`.
+    model.unet is the moving average, ready to sample; Adam moves a copy of it. A step's randomness follows
+    from (seed, stage, step): a run in pieces is a run in one. Raises ValueError if it diverges.
     """
-    c, is_vae, device = model.config, stage == "vae", next(model.parameters()).device
-    total, batch, peak = c.ddpm_steps, c.batch_size, c.lr
-    if is_vae:
-        total, batch, peak = c.vae_steps, c.vae_batch, c.vae_lr
+    c, device, is_vae = model.config, next(model.parameters()).device, stage == "vae"
+    total, batch, lr = (c.vae_steps, c.vae_batch, c.vae_lr) if is_vae else (c.ddpm_steps, c.batch_size, c.lr)
     trained = model.vae if is_vae else copy.deepcopy(model.unet)
     trained.train().requires_grad_(True)
     params, average = list(trained.parameters()), list(model.unet.parameters())
@@ -891,19 +833,18 @@ def train(model, stage, images):
     def objective(x):
         return trained.loss(x, c.kl_weight) if is_vae else (model.loss(x, trained),)
     if c.compile == "on" or c.compile == "auto" and device.type == "cuda":
-        start = torch.zeros(1, device=device)
-        model.diffusion.target(start, start.long(), start)    # fills its tables, else a second graph
         objective = torch.compile(objective, dynamic=False)
     step, losses = model.state["steps"][stage], []    # losses stay on the device until a row needs them
+    if is_vae and step < total:
+        model.mixture = None    # it would go with the VAE as it was
     warmup, clock = min(c.warmup, total // 10), time.perf_counter()
     while step < total:
         torch.manual_seed(stream(c.seed, stage, step))
         x = to_float(images[torch.randint(len(images), (batch,), device=images.device)].to(device))
         if c.hflip:
             x = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-        rate = peak * min(1, (step + 1) / (warmup + 1))
-        if c.lr_decay == "cosine":
-            rate *= 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (total - warmup))
+        fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (total - warmup))
+        rate = lr * min(1, (step + 1) / (warmup + 1)) * fall
         optimizer.param_groups[0]["lr"] = rate
         with in_precision(c.precision, device):
             terms = objective(x.contiguous(memory_format=torch.channels_last))
@@ -920,11 +861,10 @@ def train(model, stage, images):
         if step % c.log_every == 0 or step == total:
             mean = torch.stack(losses).mean(0)
             if not all(v.isfinite().all() for v in [mean, *params]):
-                raise ValueError(f"stage {stage} is not finite after step {step - len(losses)}; the last "
-                                 f"checkpoint is kept: lower {'--vae-lr' if is_vae else '--lr'}")
+                raise ValueError(f"{stage} is not finite after step {step - len(losses)}: lower its rate")
             speed = len(losses) * batch / (time.perf_counter() - clock)
-            row = dict(stage=stage, step=step, lr=rate, images_per_s=speed)
-            row |= zip(LOG_COLUMNS[2:], mean.tolist())
+            row = dict(zip(("loss", "recon", "kl"), mean.tolist()), stage=stage, step=step, lr=rate,
+                       images_per_s=speed)    # stage 2 has a loss alone
             model.state |= dict(stage=stage, trained=trained.state_dict(), optimizer=optimizer.state_dict())
             model.state["steps"][stage] = step
             model.state["log"].append(row)
@@ -940,14 +880,9 @@ def encode_images(model, images, draw=False, generator=None):
 def fit_prior(model, images):
     """Fit model.mixture to a draw from q(z|x) for each of (at most 50,000) uint8 images [N, C, S, S]."""
     c, g = model.config, torch.Generator().manual_seed(model.config.seed)
-    z = encode_images(model, images[:50_000], draw=True, generator=g)
-    z = z.cpu() if z.is_mps else z    # MPS lacks parts of torch.linalg
-
-    def progress(history):
-        if len(history) % 10 == 1:
-            report(f"prior: {c.gmm_components} Gaussians for {len(z)} codes, EM step {len(history)}, "
-                   f"log-likelihood {history[-1]:.3f} nats")
-    model.mixture = GaussianMixture(c.gmm_components).fit(z, generator=g, progress=progress)
+    z = encode_images(model, images[:50_000], draw=True, generator=g).cpu()    # MPS lacks linalg
+    model.mixture = GaussianMixture(c.gmm_components).fit(z, generator=g)
+    report(f"prior: {c.gmm_components} Gaussians, log-likelihood {model.mixture.history[-1]:.2f} nats a code")
 
 def in_precision(precision, device):
     """The context in which networks run in bf16 if asked for; "auto" asks for it on CUDA that has it."""
@@ -963,49 +898,32 @@ def generators(seed, name, indices):
     """A generator of its own for each index, so that an image does not depend on its batch."""
     return [torch.Generator().manual_seed(stream(seed, name, i)) for i in indices]
 
-def save_atomic(path, write):
-    """Write a file through write(file) beside its place, flush it, rename it: it is whole or not there."""
+def save_checkpoint(model, run_dir):
+    """Write model.pt, the only truth about a run, whole or not at all; config.json and log.csv, made from it,
+    are for people. OSError if the disk is full."""
+    options, mixture = model.config.group("model", "training"), model.mixture and vars(model.mixture)
+    path, beside = Path(run_dir, "model.pt"), Path(run_dir, "model.pt.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
+        torch.save(dict(options=options, model=model.state_dict(), mixture=mixture, **model.state), beside)
         beside.replace(path)
     except (OSError, RuntimeError) as e:    # torch.save makes a full disk a RuntimeError
         beside.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written and is as it was before: {e}") from None
-
-def save_json(values, path):
-    """Write plain values as JSON."""
-    save_atomic(path, lambda f: f.write(json.dumps(values, indent=2).encode()))
-
-def save_checkpoint(model, run_dir):
-    """Write model.pt, the only truth about a run; config.json and log.csv, made from it, are for people."""
-    options, mixture = model.config.group("model", "training"), model.mixture and vars(model.mixture)
-    whole = dict(format=FORMAT, options=options, model=model.state_dict(), mixture=mixture, **model.state)
-    save_atomic(Path(run_dir, "model.pt"), lambda f: torch.save(whole, f))
-    rows = [[row.get(name, "") for name in LOG_COLUMNS] for row in model.state["log"]]
-    rows = [[f"{v:.6g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    Path(run_dir, "log.csv").write_text("\n".join(map(",".join, [LOG_COLUMNS, *rows])) + "\n")
-    save_json(options, Path(run_dir, "config.json"))
+    path.with_name("config.json").write_text(json.dumps(options, indent=2))
+    rows = [LOG_COLUMNS, *([row.get(name, "") for name in LOG_COLUMNS] for row in model.state["log"])]
+    path.with_name("log.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
 
 def load_run(run_dir, trained=False):
-    """The DiffuseVAE in a run folder's model.pt, on the CPU, with all that training needs to go on.
-
-    The file is mapped, its checksums are checked, no code in it runs. ValueError if it is missing, damaged,
-    or without a U-Net where that has to be trained.
-    """
+    """The DiffuseVAE in a run folder's model.pt, on the CPU, with all that training needs to go on; no code
+    in the file runs. ValueError if it is missing, damaged, or has no U-Net where that has to be `trained`."""
     path = Path(run_dir, "model.pt")
     if not path.exists():
         raise ValueError(f"there is no run in {run_dir}: train one first, or name another --run-dir")
     try:
-        with zipfile.ZipFile(path) as archive:    # torch.load does not heed the checksums
-            broken = archive.testzip()
-        whole = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        if broken or whole["format"] != FORMAT:
+        if zipfile.ZipFile(path).testzip():    # torch.load does not heed the checksums
             raise ValueError
+        whole = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         model = DiffuseVAE(Config.preset(**{**whole["options"], "run_dir": str(run_dir)}))
         model.load_state_dict(whole["model"])
         model.state = {name: whole[name] for name in model.state}
@@ -1020,7 +938,7 @@ def load_run(run_dir, trained=False):
         if whole["mixture"]:
             model.mixture = GaussianMixture(0)
             vars(model.mixture).update(whole["mixture"])
-            model.vae.decode(model.mixture.sample(1, torch.Generator()))    # it fits
+            model.vae.decode(model.mixture.sample(1, torch.Generator()))    # raises if it does not fit
     except Exception as e:    # a damaged archive fails in many ways
         raise ValueError(f"{path} is damaged or too old ({type(e).__name__}): move it away") from None
     if trained and untrained:
@@ -1028,18 +946,17 @@ def load_run(run_dir, trained=False):
     return model
 
 # --------------------------------------------------------------------------------------------------------
-# 9 Pictures: labelled grids and the curves of the log
+# 9 Pictures: labelled grids, and samples as files
 # --------------------------------------------------------------------------------------------------------
 def draw_grids(grids, columns, across=1, rows=(), ticks=()):
-    """Labelled grids, `across` side by side: (title, images [N, C, S, S]) pairs -> a matplotlib figure.
-
-    `rows` are the labels of a grid's rows, `ticks` those of the columns, under the lowest grids.
-    """
+    """(title, images [N, C, S, S]) pairs -> a matplotlib figure of grids, `across` side by side; `rows` are
+    the labels of a grid's rows, `ticks` those of the columns, under the lowest grids."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
-    down, cell, pitch = -(-len(grids) // across), max(0.4, 3.2 / columns), grids[0][1].shape[-1] + 1
-    high = 0.35 + cell * -(-len(grids[0][1]) // columns)
-    fig = Figure(figsize=(across * (cell * columns + bool(rows)), down * high), dpi=150, layout="constrained")
+    down, cell, pitch = math.ceil(len(grids) / across), max(0.4, 3.2 / columns), grids[0][1].shape[-1] + 1
+    most = max(len(images) for _, images in grids)
+    high, wide = 0.35 + cell * math.ceil(most / columns), cell * columns + (1 if rows else 0)
+    fig = Figure(figsize=(across * wide, down * high), dpi=150, layout="constrained")
     for i, (ax, (title, images)) in enumerate(zip(fig.subplots(down, across, squeeze=False).flat, grids)):
         grid = make_grid(to_uint8(images).cpu(), nrow=columns, padding=1, pad_value=255)    # [3, H, W]
         ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -1051,25 +968,37 @@ def draw_grids(grids, columns, across=1, rows=(), ticks=()):
         ax.spines[:].set_visible(False)
     return fig
 
-def draw_curves(log):
-    """The losses in the rows of a log, one plot for each stage -> a matplotlib figure."""
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
-    titles = dict(vae="VAE: nats an image, up to a constant", ddpm="U-Net: mean squared error")
-    for ax, (stage, title) in zip(fig.subplots(1, 2), titles.items()):
-        rows = [row for row in log if row["stage"] == stage] or [dict(step=0, loss=0, recon=0, kl=0)]
-        for name in ("loss", "recon", "kl") if stage == "vae" else ("loss",):
-            ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-        top = 2.5 * np.median([row["loss"] for row in rows])    # the first steps are off the chart
-        ax.set(xlabel="step", title=title, ylim=(0, top or 1))
-        ax.legend(frameon=False)
-        ax.spines[["top", "right"]].set_visible(False)
-    return fig
-
-def save_figure(fig, path):
-    """Write a figure as a PNG and say so."""
-    save_atomic(path, lambda f: fig.savefig(f, format="png", bbox_inches="tight"))
-    report(f"wrote {path}")
+def draw_samples(model):
+    """samples.png: real | VAE | refined. With --save-images every sample as a PNG in samples/, in place of
+    what is there, and its x_hat in vae_samples/. Sample i depends on the seed and on i alone."""
+    from PIL import Image
+    c, run_dir, began, shown = model.config, Path(model.config.run_dir), time.perf_counter(), {}
+    if c.compile == "on" or c.compile == "auto" and c.save_images and next(model.parameters()).is_cuda:
+        model.unet.compile()    # for a picture alone it does not pay
+    total = c.num_samples if c.save_images else min(c.num_samples, 64)
+    for indices in torch.arange(total).split(c.sample_batch):
+        g = generators(c.seed, "sample", indices.tolist())
+        z = model.latents(len(g), g)
+        images = dict(vae_samples=model.vae.decode(z)) if model.vae else {}
+        images["samples"] = model.decode(z, generator=g)
+        for name, batch in images.items():
+            shown[name] = torch.cat([shown.get(name, batch[:0]), batch])[:64]
+            if c.save_images and indices[0] == 0:
+                shutil.rmtree(run_dir / name, ignore_errors=True)
+                (run_dir / name).mkdir()
+            for i, image in zip(indices.tolist(), to_uint8(batch).cpu().permute(0, 2, 3, 1).numpy()):
+                if c.save_images:
+                    Image.fromarray(image.squeeze()).save(run_dir / name / f"{i:06}.png")
+        report(f"drew {indices[-1] + 1} in {time.perf_counter() - began:.1f} s", passing=True)
+    titles = dict(vae_samples="VAE", samples=f"{'refined' if model.vae else 'DDPM'}, {c.steps} steps")
+    grids = [(titles[name], batch) for name, batch in shown.items()]
+    try:
+        grids.insert(0, ("real (test set)", to_float(load_split(c, "test")[:min(total, 64)])))
+    except ValueError as e:    # without the data the samples are still worth seeing
+        report(f"samples.png has no real images: {e}")
+    fig = draw_grids(grids, math.ceil(min(total, 64) ** 0.5), len(grids))
+    fig.savefig(run_dir / "samples.png", bbox_inches="tight")
+    report(f"wrote {run_dir / 'samples.png'}")
 
 # --------------------------------------------------------------------------------------------------------
 # 10 Main: the command line and its stages
@@ -1083,7 +1012,7 @@ def find_device(name="auto"):
     """auto, cuda, mps or cpu -> torch.device. Raises ValueError for one that is not to be had."""
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = next(k for k in has if has[k]) if name == "auto" else name
-    if not has[name]:
+    if not has.get(name):
         raise ValueError(f"--device {name} is not to be had here with this PyTorch: take --device auto")
     return torch.device(name)
 
@@ -1091,15 +1020,31 @@ def load_split(config, split):
     """The uint8 images [N, C, S, S] of the run's data set."""
     return load_images(config.dataset, config.data_dir, config.image_size, split)[0]
 
-def settle(given):
-    """Options given, over the run's own, over the preset -> the DiffuseVAE to work on, trained or not.
+def run(given):
+    """Do what the options given on the command line ask for."""
+    model = open_run(given)
+    c, device = model.config, find_device(model.config.device)
+    timesteps_for(c.timesteps, c.steps, c.spacing)    # refuses before hours of training
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    model.to(device, memory_format=torch.channels_last)
+    if c.stage in ("all", "vae", "ddpm"):
+        train_stages(model)
+    elif c.stage == "sample" and model.vae and model.mixture.components != c.gmm_components:
+        fit_prior(model, load_split(c, "train"))    # another one, for this command alone
+    if c.stage in ("all", "sample"):
+        draw_samples(model)
+    if c.stage == "eval":
+        evaluate(model)
 
-    Raises ValueError that lists the options of the model in which the command contradicts the run.
-    """
+def open_run(given):
+    """Options given, over the run's own, over the preset -> the DiffuseVAE to work on, trained or not.
+    The ValueError for a command that contradicts the run lists all options in which it does."""
     run_dir, kept = given.get("run_dir") or f"runs/{given.get('dataset', 'shapes')}", {}
-    trained = given.get("stage") in TRAINED
-    model = load_run(run_dir, trained) if trained or Path(run_dir, "model.pt").exists() else None
-    if model:
+    trained, model = given.get("stage") in ("sample", "eval"), None
+    if trained or Path(run_dir, "model.pt").exists():
+        model = load_run(run_dir, trained)
         kept = model.config.group("model", "training")
     c = Config.preset(**{**kept, **given, "run_dir": run_dir})
     other = [f"{flag(k)} {kept[k]}, not {v}" for k, v in c.group("model").items() if kept.get(k, v) != v]
@@ -1110,177 +1055,78 @@ def settle(given):
     model.config = c
     return model
 
-def run(given):
-    """Do what the options given on the command line ask for."""
-    model = settle(given)
-    c, device = model.config, find_device(model.config.device)
-    model.diffusion.plan(c.steps, c.eta, c.spacing, c.variance)    # refused before hours of training
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    model.to(device, memory_format=torch.channels_last)
-    if c.stage in ("all", "vae", "ddpm"):
-        train_stages(model)
-    elif model.vae and model.mixture.components != c.gmm_components:
-        fit_prior(model, load_split(c, "train"))    # another one, for this command alone
-    jobs = dict(all=draw_samples, sample=draw_samples, reconstruct=draw_reconstructions, eval=evaluate,
-                interpolate=draw_interpolations, traverse=draw_traversals)
-    if c.stage in jobs:
-        jobs[c.stage](model)
-
 def train_stages(model):
-    """Train what is not yet trained, fit the prior when the VAE is done, draw the curves."""
+    """Train what is not yet trained, with a checkpoint now and then; fit the prior when the VAE is done."""
     c, steps, images = model.config, model.state["steps"], load_split(model.config, "train")
-    plan = [("vae", model.vae, c.vae_steps, c.vae_batch)] if model.vae else []
-    if c.stage != "vae":
-        plan.append(("ddpm", model.unet, c.ddpm_steps, c.batch_size))
     if model.vae and steps["ddpm"] and steps["vae"] < c.vae_steps:
         raise ValueError(f"the U-Net in {c.run_dir} goes with its VAE: train that on in another --run-dir")
     device = next(model.parameters()).device
-    if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:
+    if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:    # of what is free
         images = images.to(device)
     report(f"{c.dataset}: {len(images)} images, {c.image_size}x{c.image_size}, formulation {c.formulation}, "
            f"{device.type}, run folder {c.run_dir}")
-    for stage, network, total, batch in plan:
-        size = sum(p.numel() for p in network.parameters()) / 1e6
-        report(f"{stage}: {size:.2f} M parameters, {total} steps of {batch}")
+    if device.type == "cpu" and c.dataset in ("cifar10", "folder") and not c.small:
+        began = time.perf_counter()
+        model.loss(to_float(images[:8]))    # a training step takes about three times as long
+        hours = 3 * (time.perf_counter() - began) / 8 * (c.ddpm_steps - steps["ddpm"]) * c.batch_size / 3600
+        report(f"the U-Net will take some {hours:.0f} hours on this CPU; --small trains one made for it")
+    stages = dict(vae=(model.vae, c.vae_steps, c.vae_batch), ddpm=(model.unet, c.ddpm_steps, c.batch_size))
+    for stage, (network, total, batch) in stages.items():
+        if network is None or (c.stage, stage) == ("vae", "ddpm"):
+            continue
+        size = sum(p.numel() for p in network.parameters())
+        report(f"{stage}: {size / 1e6:.2f} M parameters, {total} steps of {batch}")
         for m in train(model, stage, images):
-            step, speed = m["step"], m["images_per_s"]
-            report(f"{stage} {step}/{total}  loss {m['loss']:.4f}  {speed:.0f} images/s  "
-                   f"{(total - step) * batch / speed / 60:.1f} min left", passing=step < total)
-            if step % c.save_every < c.log_every or step == total:
+            left = (total - m["step"]) * batch / m["images_per_s"] / 60
+            report(f"{stage} {m['step']}/{total}  loss {m['loss']:.4f}  {m['images_per_s']:.0f} images/s  "
+                   f"{left:.1f} min left", passing=left > 0)
+            if m["step"] % c.save_every < c.log_every or left == 0:    # the first row after each multiple
                 save_checkpoint(model, c.run_dir)
-        if device.type == "cuda":
-            report(f"{stage}: at most {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory")
         if model.vae and (not model.mixture or model.mixture.components != c.gmm_components):
             fit_prior(model, images)
             save_checkpoint(model, c.run_dir)
-    save_figure(draw_curves(model.state["log"]), Path(c.run_dir, "curves.png"))
-
-def draw(model, indices):
-    """The samples of these indices, which with the seed decide on an image -> [refined, x_hat if any]."""
-    g = generators(model.config.seed, "sample", indices)
-    z = model.latents(len(g), g)
-    refined = model.decode(z, generator=g)
-    return [refined, model.vae.decode(z)] if model.vae else [refined]
-
-def draw_samples(model):
-    """samples.png (real | VAE | refined) and, with --save-images, every sample as a PNG not yet there."""
-    c, run_dir = model.config, Path(model.config.run_dir)
-    if c.compile == "on" or c.compile == "auto" and c.save_images and next(model.parameters()).is_cuda:
-        model.unet.compile()    # for a picture alone it does not pay
-    shown = min(c.num_samples, c.sample_batch, 64)
-    names = [f"{'refined' if model.vae else 'DDPM'}, {c.steps} steps", "VAE"]
-    panels = list(zip(names, draw(model, range(shown))))
-    try:
-        panels.append(("real (test set)", to_float(load_split(c, "test")[:shown])))
-    except ValueError as e:    # without the data the samples are still worth seeing
-        report(f"samples.png has no real images: {e}")
-    save_figure(draw_grids(panels[::-1], math.ceil(shown**0.5), len(panels)), run_dir / "samples.png")
-    if c.save_images:
-        save_images(model, run_dir)
-
-def save_images(model, run_dir):
-    """samples/000000.png ... and, before refinement, vae_samples/000000.png ..., in constant memory."""
-    from PIL import Image
-    c, note, began = model.config, run_dir / "samples" / "options.json", time.perf_counter()
-    made = {**c.group("model", "sampling"), "num_samples": None, "sample_batch": None, "seed": c.seed,
-            "gmm_components": c.gmm_components, "trained": model.state["steps"]}
-    if note.exists() and note.read_text(errors="replace") != json.dumps(made, indent=2):
-        raise ValueError(f"{note.parent} holds samples of other options or another network: move it away")
-    save_json(made, note)
-    for start in range(0, c.num_samples, c.sample_batch):
-        indices = range(c.num_samples)[start:start + c.sample_batch]
-        todo = [i for i in indices if not (run_dir / "samples" / f"{i:06}.png").exists()]
-        for folder, images in zip(("vae_samples", "samples"), draw(model, todo)[::-1] if todo else ()):
-            for i, image in zip(todo, to_uint8(images).cpu()):
-                png = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())    # [S, S, 3] or [S, S]
-                save_atomic(run_dir / folder / f"{i:06}.png", lambda f: png.save(f, format="PNG"))
-        took = time.perf_counter() - began
-        report(f"drew {indices[-1] + 1} of {c.num_samples} in {took:.1f} s", passing=True)
-
-def held_out(model, n):
-    """The first n test images [n, C, S, S], or all there are, on the model's device."""
-    return to_float(load_split(model.config, "test")[:n].to(next(model.parameters()).device))
-
-def tell(name, values, unit):
-    """Print the mean and the standard error of values [N], and return them."""
-    mean, error = values.mean().item(), values.std().item() / len(values) ** 0.5
-    report(f"{name:16} {mean:.5f} +- {error:.5f} {unit}")
-    return dict(mean=mean, standard_error=error)
-
-def draw_reconstructions(model):
-    """reconstruct.png: test images, and what their latents give back alone and with each kind of x_T."""
-    c, x = model.config, held_out(model, model.config.num_samples)
-    g, z = generators(c.seed, "reconstruct", range(len(x))), model.encode(x)
-    rows = {"test image": x, "VAE": model.vae.decode(z),
-            "x_T ~ q(x_T|x)": model.reconstruct(x, generator=g),
-            "x_T by inversion": model.reconstruct(x, invert=True)}
-    for name in list(rows)[1:]:
-        tell(name, (rows[name] - x).square().flatten(1).mean(1), "squared error, of values in [-1, 1]")
-    grid = f"reconstructions, {c.steps} steps", torch.cat([images[:8] for images in rows.values()])
-    save_figure(draw_grids([grid], min(8, len(x)), rows=rows), Path(c.run_dir, "reconstruct.png"))
-
-def draw_interpolations(model):
-    """interpolate.png: from one test image to another: in z, in x_T and in both."""
-    grids, words = [], dict(z="z moves, x_T stays", x_T="x_T moves, z stays", both="both move")
-    for along in words:
-        for pair in held_out(model, 4).split(2):
-            z, x_T = model.path(*model.invert(pair), along=along)
-            refined = model.decode(z, x_T, eta=0.0, precision="fp32")    # eta would be seen as a change
-            grids.append((words[along], torch.cat([model.vae.decode(z), refined])))
-    save_figure(draw_grids(grids, 9, 2, ("VAE", "refined")), Path(model.config.run_dir, "interpolate.png"))
-
-def draw_traversals(model):
-    """traverse.png: along the principal directions of the training set's codes, all from the same noise."""
-    c, grids, at = model.config, [], torch.arange(-3, 4)
-    codes = encode_images(model, load_split(c, "train")).cpu()
-    _, spread, directions = torch.linalg.svd(codes - codes.mean(0), full_matrices=False)
-    for k in range(min(8, len(spread))):
-        step = spread[k] / len(codes) ** 0.5 * directions[k]    # one standard deviation
-        z = (codes.mean(0) + at[:, None] * step).to(next(model.parameters()))    # [7, z_dim]
-        refined = model.decode(z, generator=generators(c.seed, "traverse", [0] * 7))
-        grids.append((f"direction {k + 1}", torch.cat([model.vae.decode(z), refined])))
-    ticks = [f"{k:+} sd" if k else "mean" for k in at.tolist()]
-    save_figure(draw_grids(grids, 7, 2, ("VAE", "refined"), ticks), Path(c.run_dir, "traverse.png"))
 
 def evaluate(model):
-    """eval.json: the bound on test images, in bits per dimension, term by term."""
-    c, x, parts = model.config, held_out(model, model.config.num_samples), []
+    """eval.json: the bound on test images, in bits per dimension, term by term: mean and standard error."""
+    c, parts, table = model.config, [], {}
+    x = to_float(load_split(c, "test")[:c.num_samples].to(next(model.parameters()).device))
     report(f"the bound takes {c.timesteps} network calls for each of {len(x)} test images")
     for indices in torch.arange(len(x)).split(c.sample_batch):
         parts.append(model.bits_per_dim(x[indices], generators(c.seed, "eval", indices.tolist())))
-        report(f"{indices[-1] + 1} of {len(x)} images", passing=True)
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    table = {name: tell(name, values, "bits per dimension") for name, values in joined.items()}
-    save_json(dict(images=len(x), **table), Path(c.run_dir, "eval.json"))
+    for name in parts[0]:
+        values = torch.cat([part[name] for part in parts])
+        error = values.std(correction=0).item() / max(1, len(x) - 1) ** 0.5
+        table[name] = dict(mean=values.mean().item(), standard_error=error)
+        report("{:6} {mean:.4f} +- {standard_error:.4f} bits per dimension".format(name, **table[name]))
+    Path(c.run_dir, "eval.json").write_text(json.dumps(dict(images=len(x), **table), indent=2))
 
 def parse(argv=None):
     """Command line -> dictionary of the options given on it; --help shows a data set's own values."""
     def numbers(text):    # argparse names it when it complains
         return tuple(int(n) for n in text.split(",") if n != "none")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    first.add_argument("--dataset")
-    first.add_argument("--image-size", type=int)
-    preset = Config.preset(**vars(first.parse_known_args(argv)[0]))
-    parser = argparse.ArgumentParser(
-        usage="python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]", allow_abbrev=False,
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"In brackets: the values for --dataset {preset.dataset}; another one has its own.")
-    groups = {name: parser.add_argument_group(name) for name in ("run", "model", "training", "sampling")}
+    usage = "python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]"
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, add_help=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("-h", "--help", action="store_true")
     for f in dataclasses.fields(Config):
-        takes, value, how = f.metadata["takes"], getattr(preset, f.name), dict(type=f.type)
+        how = dict(type=numbers if f.type is tuple else f.type)
         if f.type is bool:
-            how, value = dict(action=argparse.BooleanOptionalAction), "on" if value else "off"
-        elif f.type is tuple:
-            how = dict(type=numbers, metavar=",".join(map(str, f.default)))
-            value = ",".join(map(str, value)) or "none"
-        else:
-            words = "{" + ",".join(takes) + "}" if takes and f.type is str else "PATH"
-            how["metavar"] = {int: "N", float: "X"}.get(f.type, words)
-        text = f"{f.metadata['help']} [{value}]"
-        groups[f.metadata["group"]].add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **how)
-    return vars(parser.parse_args(argv))
+            how = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(flag(f.name), **how)
+    given = vars(parser.parse_args(argv))
+    if given.pop("help", False):
+        preset = Config.preset(**given)
+        print(f"usage: {usage}\n\n{__doc__}\nOptions, with their values for --dataset {preset.dataset}:\n")
+        for f in dataclasses.fields(Config):
+            value = getattr(preset, f.name)
+            if f.type is tuple:
+                value = ",".join(map(str, value)) or "none"
+            if f.type is bool:
+                value = "on" if value else "off"
+            words = f" ({', '.join(f.metadata['takes'])})" if f.type is str and f.metadata["takes"] else ""
+            print(f"  {flag(f.name):18}{f.metadata['help']}{words} [{value}]")
+        sys.exit(0)
+    return given
 
 def main(argv=None):
     """The command line -> exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
@@ -1291,11 +1137,11 @@ def main(argv=None):
         print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        memory = isinstance(e, MemoryError) or "memory" in str(e)
-        if isinstance(e, RuntimeError) and not memory:    # not the user's to mend
+        if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "memory" in str(e):
+            e = f"too little memory, lower --batch-size, --vae-batch or --sample-batch: {e}"
+        elif isinstance(e, RuntimeError):    # not the user's to mend
             raise
-        why = "too little memory, lower --batch-size, --vae-batch or --sample-batch: " if memory else ""
-        print("diffusevae:", (why + str(e)).split("\n")[0], file=sys.stderr)
+        print("diffusevae:", str(e).split("\n")[0], file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
