@@ -698,7 +698,7 @@ class Config:
 QUICK = dict(kl_weight=0.5, vae_batch=64, vae_lr=2e-3, res_blocks=1, attention=(), heads=1, dropout=0.0,
              predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=500, steps=10)
 SMALL = dict(QUICK, z_dim=128, vae_width=32, vae_steps=10_000, unet_width=48, unet_mults=(1, 2, 2), heads=4,
-             ddpm_steps=10_000, batch_size=32, lr=1e-3, warmup=200, ema=0.999)
+             ddpm_steps=8000, batch_size=32, lr=1e-3, warmup=200, ema=0.999)
 MNIST = dict(QUICK, image_size=28, z_dim=32, vae_width=16, vae_steps=4000, unet_width=24,
              unet_mults=(1, 2, 2), ddpm_steps=5000, batch_size=16, lr=2e-3, hflip=False)
 PRESETS = {

@@ -1516,13 +1516,14 @@ def test_notebook_as_stored():
     """The stored outputs are one run from top to bottom, without error or warning, small, every cell short."""
     book = json.loads(Path(diffusevae.__file__).with_name("train.ipynb").read_text())
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
-    assert 30 <= len(book["cells"]) <= 45 and max(len(cell["source"]) for cell in code) <= 18    # lines, empty ones too
+    assert 30 <= len(book["cells"]) <= 60 and max(len(cell["source"]) for cell in code) <= 20    # lines, empty ones too
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert not [o for cell in code for o in cell["outputs"] if o["output_type"] == "error" or o.get("name") == "stderr"]
     assert Path(diffusevae.__file__).with_name("train.ipynb").stat().st_size < 3e6
-    banners = [line[2:].rstrip() for line in Path(diffusevae.__file__).read_text().split("\n") if re.match(r"# \d+ \w", line)]
-    text = "".join("".join(cell["source"]) + "\n" for cell in book["cells"])
-    assert len(banners) == 10 and all(f"## {title}\n" in text for title in banners[:8])    # the sections' own titles
+    headings = [line for cell in book["cells"] for line in cell["source"] if line.startswith("## ")]
+    numbers = [int(line.split()[1]) for line in headings[:-1]]    # the last one is where to go next
+    assert numbers == list(range(1, len(headings))) and {"1", "2", "3", "4", "5", "7", "8"} == set(
+        re.findall(r"\d", " ".join(re.findall(r"\(file, (.*?)\)", " ".join(headings)))))    # sections of the file
 
 
 def test_import_has_no_side_effects():
