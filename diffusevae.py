@@ -694,7 +694,7 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields if f.metadata["group"] in groups}
 
 # For CPUs: v and the cosine schedule, which give clean pictures after few updates, and high rates.
-# `shapes` takes two to five minutes on two cores, `mnist` ten, `--small` an hour or two.
+# `shapes` takes two to five minutes on two cores, `mnist` some ten, `--small` an hour or two.
 QUICK = dict(kl_weight=0.5, vae_batch=64, vae_lr=2e-3, res_blocks=1, attention=(), heads=1, dropout=0.0,
              predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=500, steps=10)
 SMALL = dict(QUICK, z_dim=128, vae_width=32, vae_steps=10_000, unet_width=48, unet_mults=(1, 2, 2), heads=4,
