@@ -423,8 +423,8 @@ class GaussianMixture:
     def __init__(self, components):
         self.components = components
 
-    def fit(self, z, iterations=100, tolerance=1e-3, generator=None):
-        """Points z [N, D] -> self; EM from k-means, ended by a gain of less than `tolerance` nats a point.
+    def fit(self, z, iterations=100, tolerance=6.25e-5, generator=None):
+        """Points z [N, D] -> self; EM from k-means until a step gains under `tolerance` nats a value of z.
 
         `history` is the mean log-likelihood after each iteration. Raises ValueError for fewer points than
         components, and for points that are not finite.
@@ -446,7 +446,7 @@ class GaussianMixture:
             self.chol = torch.linalg.cholesky(torch.stack(covariances))
             joint = self._joint(z)
             self.history.append(joint.logsumexp(1).mean().item())
-            if len(self.history) > 1 and self.history[-1] < self.history[-2] + tolerance:
+            if len(self.history) > 1 and self.history[-1] < self.history[-2] + tolerance * z.shape[1]:
                 break
             share = joint.softmax(1)
         return self
