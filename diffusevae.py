@@ -16,7 +16,7 @@ After "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation from Low
     1 VAE         image -> code -> blurry image          6 Config    every option once, presets
     2 Diffusion   noising, DDPM and DDIM, the bound      7 Data      images as one uint8 tensor
     3 U-Net       the network that denoises              8 Training  two stages, one checkpoint
-    4 Mixture     the prior that codes are drawn from    9 Pictures  grids, curves, PNGs
+    4 Mixture     the prior that codes are drawn from    9 Pictures  grids, samples as PNGs
     5 DiffuseVAE  all four joined                       10 Main      the command line and its stages
 
 Images are float [N, C, S, S] in [-1, 1] everywhere, codes are z [N, z_dim].
