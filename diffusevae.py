@@ -106,24 +106,24 @@ def randn(shape, like, generator=None):
     device = like.device if generator is None else generator.device
     return torch.randn(shape, dtype=like.dtype, device=device, generator=generator).to(like.device)
 
-def timesteps_for(timesteps, steps, spacing="trailing"):
+def timesteps_for(timesteps, steps, spacing="quad"):
     """The n = `steps` timesteps to keep of 0..T-1, T = `timesteps`: a long tensor [n], strictly increasing.
 
-        uniform   i T // n                              ("linear" in arXiv 2010.02502, appendix D.2)
-        quad      max(i, int(0.8 T (i / (n - 1))^2))    ("quadratic" there)
-        trailing  (i + 1) T // n - 1                    alone starts at T - 1, where x_T ~ N(0, I) is true
+        uniform   i T // n                          ("linear" in arXiv 2010.02502, appendix D.2)
+        trailing  (i + 1) T // n - 1                starts at T - 1, where x_T ~ N(0, I) is true
+        quad      max(i, (i + 1)^2 T // n^2 - 1)    so does this, and is dense where little noise is left
 
-    n = 1 is [T - 1] in each. Raises ValueError for n outside 1..T and for an unknown spacing.
+    "Quadratic" there ends at 0.8 T. n = 1 is [T - 1]. ValueError for n outside 1..T, unknown spacings.
     """
     T, n = timesteps, steps
     if not 1 <= n <= T:
         raise ValueError(f"steps must be from 1 to {T}, the timesteps, not {n}")
     kept = dict(uniform=[i * T // n for i in range(n)],
-                quad=[max(i, int(0.8 * T * (i / max(1, n - 1)) ** 2)) for i in range(n)],
-                trailing=[(i + 1) * T // n - 1 for i in range(n)])
+                trailing=[(i + 1) * T // n - 1 for i in range(n)],
+                quad=[max(i, (i + 1) ** 2 * T // n**2 - 1) for i in range(n)])
     if spacing not in kept:
-        raise ValueError(f"spacing must be uniform, quad or trailing, not {spacing!r}")
-    return torch.tensor(kept["trailing" if n == 1 else spacing])
+        raise ValueError(f"spacing must be uniform, trailing or quad, not {spacing!r}")
+    return torch.tensor(kept["quad" if n == 1 else spacing])
 
 class GaussianDiffusion:
     """Images into noise and back (DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502), for any network.
@@ -203,7 +203,7 @@ class GaussianDiffusion:
         return torch.where(column(s) < 0, mean, mean + shift), column(b * (1 - a_s) / (1 - a_t))
 
     @torch.no_grad()
-    def trajectory(self, model, y_T, steps, eta=0.0, spacing="trailing", shift=0, clip=True, generator=None):
+    def trajectory(self, model, y_T, steps, eta=0.0, spacing="quad", shift=0, clip=True, generator=None):
         """Denoise y_T [B, ...] step by step; yields s, x_s, predicted x_0 (arXiv 2010.02502, equation 12).
 
             y_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) eps + sigma noise
@@ -235,7 +235,7 @@ class GaussianDiffusion:
         return x
 
     @torch.no_grad()
-    def invert(self, model, x0, steps, spacing="trailing", shift=0, iterations=5):
+    def invert(self, model, x0, steps, spacing="quad", shift=0, iterations=5):
         """The y_T [B, ...] from which DDIM (eta = 0, the same steps and spacing) returns x0 [B, ...], nearly:
         the fewer the steps, the more `iterations` it takes. It calls the network steps * iterations times.
 
@@ -654,7 +654,7 @@ class Config:
     sample_batch: int = option("sampling", 250, "images drawn at once; changes speed, not images", (1, 65536))
     steps: int = option("sampling", 50, "steps kept of T when sampling", (1, 100_000))
     eta: float = option("sampling", 0.0, "0 is DDIM, 1 is ancestral sampling (DDPM)", (0, 1))
-    spacing: str = option("sampling", "trailing", "which steps are kept", ("uniform", "quad", "trailing"))
+    spacing: str = option("sampling", "quad", "which steps are kept", ("uniform", "trailing", "quad"))
     prior: str = option("sampling", "gmm", "codes from the mixture, or from N(0, I)", ("gmm", "normal"))
     save_images: bool = option("sampling", False, "also as PNGs, in samples/, and x_hat in vae_samples/")
 
@@ -694,13 +694,13 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields if f.metadata["group"] in groups}
 
 # For CPUs: v and the cosine schedule, which give clean pictures after few updates, and high rates.
-# `shapes` takes two to five minutes on two cores, `mnist` some ten, `--small` an hour or two.
+# `shapes` takes two to five minutes on two cores, `mnist` five to ten, `--small` an hour or two.
 QUICK = dict(kl_weight=0.5, vae_batch=64, vae_lr=2e-3, res_blocks=1, attention=(), heads=1, dropout=0.0,
              predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=500, steps=10)
 SMALL = dict(QUICK, z_dim=128, vae_width=32, vae_steps=10_000, unet_width=48, unet_mults=(1, 2, 2), heads=4,
              ddpm_steps=8000, batch_size=32, lr=1e-3, warmup=200, ema=0.999)
-MNIST = dict(QUICK, image_size=28, z_dim=32, vae_width=16, vae_steps=4000, unet_width=24,
-             unet_mults=(1, 2, 2), ddpm_steps=5000, batch_size=16, lr=2e-3, hflip=False)
+MNIST = dict(QUICK, image_size=28, z_dim=32, vae_width=16, vae_steps=3000, unet_width=24,
+             unet_mults=(1, 2, 2), ddpm_steps=4000, batch_size=16, lr=2e-3, hflip=False)
 PRESETS = {
     "shapes": dict(QUICK, image_size=16, z_dim=16, vae_width=16, vae_steps=6000, unet_width=32,
                    unet_mults=(1, 2), ddpm_steps=3000, batch_size=16, lr=2e-3, hflip=False, log_every=50),
