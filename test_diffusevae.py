@@ -1517,6 +1517,7 @@ def test_notebook_as_stored():
     book = json.loads(Path(diffusevae.__file__).with_name("train.ipynb").read_text())
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     assert 30 <= len(book["cells"]) <= 60 and max(len(cell["source"]) for cell in code) <= 20    # lines, empty ones too
+    assert max(len(line.rstrip("\n")) for cell in code for line in cell["source"]) <= 104    # what JupyterLab shows
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert not [o for cell in code for o in cell["outputs"] if o["output_type"] == "error" or o.get("name") == "stderr"]
     assert Path(diffusevae.__file__).with_name("train.ipynb").stat().st_size < 3e6
