@@ -109,11 +109,11 @@ def randn(shape, like, generator=None):
 def timesteps_for(timesteps, steps, spacing="quad"):
     """The n = `steps` timesteps to keep of 0..T-1, T = `timesteps`: a long tensor [n], strictly increasing.
 
-        uniform   i T // n                          ("linear" in arXiv 2010.02502, appendix D.2)
+        uniform   i T // n                          (arXiv 2010.02502, D.2; its quadratic list ends at 0.8 T)
         trailing  (i + 1) T // n - 1                starts at T - 1, where x_T ~ N(0, I) is true
         quad      max(i, (i + 1)^2 T // n^2 - 1)    so does this, and is dense where little noise is left
 
-    "Quadratic" there ends at 0.8 T. n = 1 is [T - 1]. ValueError for n outside 1..T, unknown spacings.
+    n = 1 is [T - 1] in each. Raises ValueError for n outside 1..T and for an unknown spacing.
     """
     T, n = timesteps, steps
     if not 1 <= n <= T:
