@@ -10,7 +10,7 @@
     python diffusevae.py --stage sample --num-samples 1000 --steps 10 --save-images
 
 After "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation from Low-Dimensional Latents"
-(Pandey et al., arXiv 2201.00308). Who stops after part one has read the paper.
+(Pandey et al., arXiv 2201.00308). After part one you have read the paper.
 
     Part one, the model                                  Part two, the program
     1 VAE         image -> code -> blurry image          6 Config    every option once, presets
@@ -21,8 +21,7 @@ After "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation from Low
 
 Images are float [N, C, S, S] in [-1, 1] everywhere, codes are z [N, z_dim].
 """
-import dataclasses
-import math
+import contextlib, dataclasses, math
 
 import torch
 import torch.nn as nn
@@ -56,10 +55,10 @@ class VAE(nn.Module):
         while size % 2 == 0 and size > 4:
             maps.append(min(width * 2 ** (len(maps) - 1), 4 * width))
             size //= 2
-        down, up = [], []
+        down, up, outwards = [], [], maps[:0:-1]
         for c_in, c_out in zip(maps, maps[1:]):
             down += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.SiLU()]
-        for c_in, c_out in zip(maps[:0:-1], [*maps[-2:0:-1], width]):    # the same maps backwards, then width
+        for c_in, c_out in zip(outwards, [*outwards[1:], width]):    # the same maps, then width
             up += [nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_out, 3, padding=1), nn.SiLU()]
         flat, hidden = maps[-1] * size * size, 16 * width
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.SiLU(),
@@ -109,7 +108,7 @@ def randn(shape, like, generator=None):
 def timesteps_for(timesteps, steps, spacing="quad"):
     """The n = `steps` timesteps to keep of 0..T-1, T = `timesteps`: a long tensor [n], strictly increasing.
 
-        uniform   i T // n                          (arXiv 2010.02502, D.2; its quadratic list ends at 0.8 T)
+        uniform   i T // n                          (arXiv 2010.02502, D.2; its code's quad ends at 0.8 T)
         trailing  (i + 1) T // n - 1                starts at T - 1, where x_T ~ N(0, I) is true
         quad      max(i, (i + 1)^2 T // n^2 - 1)    so does this, and is dense where little noise is left
 
@@ -214,7 +213,7 @@ class GaussianDiffusion:
         """
         kept = [-1, *timesteps_for(self.timesteps, steps, spacing).tolist()]    # -1 is the clean image
         x = y_T + shift
-        for i, s in zip(kept[:0:-1], kept[-2::-1]):    # each kept step and the one before it, noise to image
+        for s, i in reversed(list(zip(kept, kept[1:]))):    # from noise to image, from t = i to s < i
             a_t, a_s = self.alpha_bar[i].item(), self.alpha_bar[s].item()
             t = torch.full((len(x),), i, device=x.device)
             x0, eps = self.predict_x0(x, t, model(x, t), shift)
@@ -224,8 +223,7 @@ class GaussianDiffusion:
             sigma = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)) ** 0.5
             x = a_s**0.5 * x0 + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps
             if s >= 0:
-                noise = randn(x.shape, x, generator) if eta else 0.0
-                x = x + shift + sigma * noise
+                x = x + shift + (sigma * randn(x.shape, x, generator) if eta else 0)
             yield s, x, x0
 
     def sample(self, model, y_T, steps, eta=0.0, **options):
@@ -241,7 +239,7 @@ class GaussianDiffusion:
 
         A DDIM step backwards is implicit: x_0 and eps in y_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps come from
         the network at the unknown y_t. But y_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps gives one from the other:
-        take from the network only the one that hardly depends on y_t, eps in images, x_0 in noise.
+        take from the network only the one that hardly depends on y_t: eps at little noise, x_0 at much.
         """
         y, a_s = x0, 1.0
         for i in timesteps_for(self.timesteps, steps, spacing).tolist():
@@ -473,6 +471,12 @@ class GaussianMixture:
 # --------------------------------------------------------------------------------------------------------
 # 5 DiffuseVAE: p(z) p(x|z), a prior for codes and a DDPM that sees x_hat = decode(z)
 # --------------------------------------------------------------------------------------------------------
+def in_precision(precision, device):
+    """The context in which networks run in bf16 if asked for; "auto" asks for it on CUDA that has it."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    on = precision == "bf16" or precision == "auto" and native
+    return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
+
 class DiffuseVAE(nn.Module):
     """All joined (DiffuseVAE, section 3): `vae`, `diffusion`, `unet`, `mixture`, and the options, `config`.
 
@@ -588,7 +592,7 @@ class DiffuseVAE(nn.Module):
 # ========================================================================================================
 # Part two, the program: options, files, pictures, the command line
 # ========================================================================================================
-import argparse, contextlib, copy, json, shutil, sys, time, zipfile, zlib
+import argparse, copy, json, shutil, sys, time, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -650,7 +654,7 @@ class Config:
     seed: int = option("training", 0, "of initial weights, data order, noise and samples", (0, 2**32 - 1))
 
     # sampling
-    num_samples: int = option("sampling", 64, "images to draw, or test images to measure on", (1, 10**7))
+    num_samples: int = option("sampling", 64, "images to draw (a picture shows 64), or to measure on", (1, 10**7))
     sample_batch: int = option("sampling", 250, "images drawn at once; changes speed, not images", (1, 65536))
     steps: int = option("sampling", 50, "steps kept of T when sampling", (1, 100_000))
     eta: float = option("sampling", 0.0, "0 is DDIM, 1 is ancestral sampling (DDPM)", (0, 1))
@@ -883,12 +887,6 @@ def fit_prior(model, images):
     z = encode_images(model, images[:50_000], draw=True, generator=g).cpu()    # MPS lacks linalg
     model.mixture = GaussianMixture(c.gmm_components).fit(z, generator=g)
     report(f"prior: {c.gmm_components} Gaussians, log-likelihood {model.mixture.history[-1]:.2f} nats a code")
-
-def in_precision(precision, device):
-    """The context in which networks run in bf16 if asked for; "auto" asks for it on CUDA that has it."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    on = precision == "bf16" or precision == "auto" and native
-    return torch.autocast(device.type, torch.bfloat16) if on else contextlib.nullcontext()
 
 def stream(seed, name, index):
     """The seed of one step or image: 32 bits, all that torch's CPU generator heeds."""

@@ -1496,7 +1496,9 @@ def test_part_one_needs_torch_alone():
     exec(compile(source.rsplit("# ====", 1)[0], "part_one", "exec"), space)
     assert {name for name in ("VAE", "UNet", "GaussianDiffusion", "GaussianMixture", "DiffuseVAE") if name in space}
     x = torch.zeros(2, 3, 8, 8)
-    assert space["DiffuseVAE"](tiny()).loss(x).isfinite() and "argparse" not in space and "np" not in space
+    model = space["DiffuseVAE"](tiny())
+    assert model.loss(x).isfinite() and model.sample(2, prior="normal").shape == x.shape
+    assert "argparse" not in space and "np" not in space
 
 
 def test_notebook(tmp_path, monkeypatch):
