@@ -654,7 +654,7 @@ class Config:
     seed: int = option("training", 0, "of initial weights, data order, noise and samples", (0, 2**32 - 1))
 
     # sampling
-    num_samples: int = option("sampling", 64, "images to draw (a picture shows 64), or to measure on", (1, 10**7))
+    num_samples: int = option("sampling", 64, "images to draw, or test images to measure on", (1, 10**7))
     sample_batch: int = option("sampling", 250, "images drawn at once; changes speed, not images", (1, 65536))
     steps: int = option("sampling", 50, "steps kept of T when sampling", (1, 100_000))
     eta: float = option("sampling", 0.0, "0 is DDIM, 1 is ancestral sampling (DDPM)", (0, 1))
