@@ -55,10 +55,10 @@ class VAE(nn.Module):
         while size % 2 == 0 and size > 4:
             maps.append(min(width * 2 ** (len(maps) - 1), 4 * width))
             size //= 2
-        down, up, outwards = [], [], maps[:0:-1]
+        down, up, outwards = [], [], maps[:0:-1]    # the maps from the code outwards
         for c_in, c_out in zip(maps, maps[1:]):
             down += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.SiLU()]
-        for c_in, c_out in zip(outwards, [*outwards[1:], width]):    # the same maps, then width
+        for c_in, c_out in zip(outwards, [*outwards[1:], width]):    # ends at the width
             up += [nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_out, 3, padding=1), nn.SiLU()]
         flat, hidden = maps[-1] * size * size, 16 * width
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.SiLU(),
@@ -108,11 +108,12 @@ def randn(shape, like, generator=None):
 def timesteps_for(timesteps, steps, spacing="quad"):
     """The n = `steps` timesteps to keep of 0..T-1, T = `timesteps`: a long tensor [n], strictly increasing.
 
-        uniform   i T // n                          (arXiv 2010.02502, D.2; its code's quad ends at 0.8 T)
+        uniform   i T // n                          ("linear" in arXiv 2010.02502, appendix D.2)
         trailing  (i + 1) T // n - 1                starts at T - 1, where x_T ~ N(0, I) is true
         quad      max(i, (i + 1)^2 T // n^2 - 1)    so does this, and is dense where little noise is left
 
-    n = 1 is [T - 1] in each. Raises ValueError for n outside 1..T and for an unknown spacing.
+    DDIM's code ends its quadratic list at 0.8 T, where x_T is not yet noise. n = 1 is [T - 1] in each.
+    Raises ValueError for n outside 1..T and for an unknown spacing.
     """
     T, n = timesteps, steps
     if not 1 <= n <= T:
@@ -506,7 +507,7 @@ class DiffuseVAE(nn.Module):
 
     @staticmethod
     def load(run_dir, device="auto"):
-        """A trained model from its run folder, ready to use. ValueError if it is missing or damaged."""
+        """A trained model from its run folder (part two's `load_run`); ValueError if missing or damaged."""
         return load_run(run_dir, trained=True).to(find_device(device), memory_format=torch.channels_last)
 
     def loss(self, x, unet=None):
@@ -734,7 +735,7 @@ def draw_shapes(n, size, seed):
     """n pictures of a circle, square or triangle -> uint8 [n, 3, size, size] and labels [n] in 0..2.
 
     Place, size and both colours are coarse: a small code holds them. The crisp outline and the phase of the
-    stripes are fine: the code drops them, the VAE averages over them, and the DDPM has to draw them.
+    stripes are fine: most trained codes drop them, the VAE averages over them, and the DDPM has to draw them.
     """
     g, axis = torch.Generator().manual_seed(seed), (torch.arange(size) + 0.5) / size * 2 - 1
 
