@@ -55,10 +55,10 @@ class VAE(nn.Module):
         while size % 2 == 0 and size > 4:
             maps.append(min(width * 2 ** (len(maps) - 1), 4 * width))
             size //= 2
-        down, up, outwards = [], [], maps[:0:-1]    # the maps from the code outwards
+        down, up, outwards = [], [], [*maps[:0:-1], width]    # from the code outwards, ending at the width
         for c_in, c_out in zip(maps, maps[1:]):
             down += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.SiLU()]
-        for c_in, c_out in zip(outwards, [*outwards[1:], width]):    # ends at the width
+        for c_in, c_out in zip(outwards, outwards[1:]):
             up += [nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_out, 3, padding=1), nn.SiLU()]
         flat, hidden = maps[-1] * size * size, 16 * width
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(flat, hidden), nn.SiLU(),
@@ -189,7 +189,7 @@ class GaussianDiffusion:
     def q_posterior(self, x0, x_t, t, s=None, shift=0):
         """q(x_s | x_t, x_0) -> mean [B, ...], variance [B, 1, ...] (arXiv 2006.11239, equations 6 and 7).
 
-        t and s < t are ints or long [B]; s, the previous kept step, is t - 1 by default, -1 the clean image.
+        t and s < t: long [B], or ints (variance [1, 1, ...]). s is t - 1 by default, -1 is the clean image.
         """
         t = torch.as_tensor(t).cpu().reshape(-1)
         s = t - 1 if s is None else torch.as_tensor(s).cpu().reshape(-1)
@@ -262,7 +262,7 @@ class GaussianDiffusion:
 
             L_T = KL(q(x_T|x_0) || p(x_T)),    L_t = sum over t >= 1 of KL(q(x_s|x_t, x_0) || p(x_s|x_t))
 
-        and L_0, a Gaussian discretised to 256 grey levels. p has the posterior's variance, at t = 0 that of
+        and L_0 at 256 grey levels, x_t drawn once a t. p has the posterior's variance, at t = 0 that of
         t = 1, and its mean at the predicted, clipped x_0. x0 [B, ...] -> these and `total` in bits, each [B].
         """
         def bits(nats):    # [B, ...] -> [B]
@@ -440,9 +440,9 @@ class GaussianMixture:
             covariances = []
             for k in range(K):
                 near = (share[:, k] > 1e-12).nonzero()[:, 0]    # most points are not, and add nothing
-                y = (z[near] - self.means[k]) * share[near, k, None].sqrt()
-                covariances.append(y.T @ y / mass[k] + floor)
-            self.chol = torch.linalg.cholesky(torch.stack(covariances))
+                y = ((z[near] - self.means[k]) * share[near, k, None].sqrt()).double()
+                covariances.append(y.T @ y / mass[k] + floor)    # singular in float32 if points are few
+            self.chol = torch.linalg.cholesky(torch.stack(covariances)).to(z)
             joint = self._joint(z)
             self.history.append(joint.logsumexp(1).mean().item())
             if len(self.history) > 1 and self.history[-1] < self.history[-2] + tolerance * z.shape[1]:
@@ -467,7 +467,7 @@ class GaussianMixture:
         e = randn((n, 1 + self.means.shape[1]), self.means, generator)
         u = torch.special.ndtr(e[:, 0])    # uniform: the distribution function at a normal draw
         k = torch.searchsorted(self.weights.cumsum(0), u).clamp(max=self.components - 1)
-        return self.means[k] + (self.chol[k] @ e[:, 1:, None])[:, :, 0]
+        return self.means[k] + torch.stack([self.chol[i] @ y for i, y in zip(k, e[:, 1:])])
 
 # --------------------------------------------------------------------------------------------------------
 # 5 DiffuseVAE: p(z) p(x|z), a prior for codes and a DDPM that sees x_hat = decode(z)
@@ -486,9 +486,9 @@ class DiffuseVAE(nn.Module):
     -log p(x|z) <= the DDPM's bound. Freeze q and decode, and the KL is a constant: train the DDPM alone.
 
     Images are [N, C, S, S] in [-1, 1], latents z [N, z_dim], noise x_T ~ N(0, I) like the images; formulation
-    2 adds x_hat to it by itself; formulation none has no VAE: the plain DDPM. Keywords named like sampling
-    options of Config override them for one call, as in `model.decode(z, steps=10, eta=1.0)`, and raise its
-    ValueErrors. `generator`: see `randn`.
+    2 adds x_hat to it by itself; formulation none has no VAE: the plain DDPM. The keywords steps, eta,
+    spacing, prior and precision override Config's for one call, as in `model.decode(z, steps=10, eta=1.0)`,
+    and raise its ValueErrors. `generator`: see `randn`.
     """
 
     def __init__(self, config):
@@ -507,11 +507,11 @@ class DiffuseVAE(nn.Module):
 
     @staticmethod
     def load(run_dir, device="auto"):
-        """A trained model from its run folder (part two's `load_run`); ValueError if missing or damaged."""
+        """A trained model from its run folder (part two's `load_run`); ValueError if none or damaged."""
         return load_run(run_dir, trained=True).to(find_device(device), memory_format=torch.channels_last)
 
     def loss(self, x, unet=None):
-        """Stage 2: mean squared error of the predicted eps or v on images x [B, C, S, S], a scalar."""
+        """Stage 2: mean squared error of eps or v on images x [B, C, S, S], a scalar, of `unet` if given."""
         z, x_hat = self.draft(x)
         # t spread evenly over the batch makes a steadier loss (arXiv 2107.00630, I.1)
         u = (torch.rand(1, device=x.device) + torch.arange(len(x), device=x.device) / len(x)) % 1
@@ -576,7 +576,7 @@ class DiffuseVAE(nn.Module):
 
     def invert(self, x, **options):
         """Images -> their latents z and the noise x_T from which decode(z, x_T, eta=0.0) with the same steps
-        and spacing returns them; see GaussianDiffusion.invert."""
+        and spacing returns them; see GaussianDiffusion.invert. It takes a VAE."""
         c, z = dataclasses.replace(self.config, **options), self.encode(x)
         model, shift = self.denoiser(self.vae.decode(z), z)
         return z, self.diffusion.invert(model, x, c.steps, c.spacing, shift)
@@ -821,12 +821,13 @@ LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
 def train(model, stage, images):
     """Train model.vae (stage "vae") or model.unet ("ddpm") on uint8 images [N, C, S, S]; yields metrics.
 
-    Every `log_every` updates it yields a row of the log, and all it takes to go on is in `model.state`.
+    Every `log_every` updates it yields a row of the log; model and `state` hold all it takes to go on.
     model.unet is the moving average, ready to sample; Adam moves a copy of it. A step's randomness follows
     from (seed, stage, step): a run in pieces is a run in one. Raises ValueError if it diverges.
     """
     c, device, is_vae = model.config, next(model.parameters()).device, stage == "vae"
     total, batch, lr = (c.vae_steps, c.vae_batch, c.vae_lr) if is_vae else (c.ddpm_steps, c.batch_size, c.lr)
+    model.requires_grad_(False)    # a stage that was broken off has left its network open
     trained = model.vae if is_vae else copy.deepcopy(model.unet)
     trained.train().requires_grad_(True)
     params, average = list(trained.parameters()), list(model.unet.parameters())
@@ -1030,7 +1031,7 @@ def run(given):
     model.to(device, memory_format=torch.channels_last)
     if c.stage in ("all", "vae", "ddpm"):
         train_stages(model)
-    elif c.stage == "sample" and model.vae and model.mixture.components != c.gmm_components:
+    elif c.stage == "sample" and model.vae and getattr(model.mixture, "components", 0) != c.gmm_components:
         fit_prior(model, load_split(c, "train"))    # another one, for this command alone
     if c.stage in ("all", "sample"):
         draw_samples(model)
@@ -1136,7 +1137,7 @@ def main(argv=None):
         print("\nstopped: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "memory" in str(e):
+        if isinstance(e, MemoryError) or any(f"{w} memory" in str(e) for w in ("of", "allocate", "enough")):
             e = f"too little memory, lower --batch-size, --vae-batch or --sample-batch: {e}"
         elif isinstance(e, RuntimeError):    # not the user's to mend
             raise

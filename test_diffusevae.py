@@ -627,6 +627,16 @@ def test_mixture_degenerate_data(name, components, dtype):
         assert torch.allclose(mixture.chol[0] @ mixture.chol[0].T, z.T.cov(correction=0), atol=1e-5)
 
 
+def test_mixture_of_few_points_in_many_dimensions():
+    """The codes of a folder with 100 images, 512 numbers each: the covariances, of rank 9 and a floor, have a condition
+    beyond float32, the fit does not. What is drawn keeps the mean squared length of the codes, 512."""
+    z = torch.randn(100, 512, generator=torch.Generator().manual_seed(0))
+    mixture = GaussianMixture(10).fit(z, generator=torch.Generator().manual_seed(0))
+    lengths = mixture.sample(500, torch.Generator().manual_seed(1)).square().sum(1)
+    assert mixture.log_prob(z).isfinite().all()
+    assert lengths.mean().item() == pytest.approx(z.square().sum(1).mean().item(), rel=0.1)    # 5 SE: sd is some 220
+
+
 @pytest.mark.parametrize("z", (torch.zeros(3, 2), torch.full((9, 2), math.nan)))
 def test_mixture_refuses(z):
     """More components than points, and points that are not finite, are ValueErrors."""
@@ -805,6 +815,15 @@ def test_resume_is_bit_identical(formulation):
     assert rows == (7 if formulation == "1" else 4) and alike("a/model.pt", "b/model.pt")
     logs = [[row[:-1] for row in csv.reader(open(f"{run}/log.csv"))] for run in "ab"]    # without speed
     assert logs[0] == logs[1] and len(logs[0]) == (9 if formulation == "1" else 5)
+
+
+def test_a_stage_broken_off_is_closed_by_the_next():
+    """A notebook that leaves the VAE's loop early: stage 2 trains the U-Net alone, and gives the VAE no gradients."""
+    model, images = DiffuseVAE(tiny()), diffusevae.draw_shapes(8, 8, 0)[0]
+    next(diffusevae.train(model, "vae", images))
+    model.vae.zero_grad()
+    next(diffusevae.train(model, "ddpm", images))
+    assert all(p.grad is None and not p.requires_grad for p in model.vae.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
