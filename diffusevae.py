@@ -671,7 +671,7 @@ class Config:
             numbers = (value or [math.nan]) if f.type is tuple else [value]    # nan fits nowhere
             if takes and f.type is not str and not all(takes[0] <= v <= takes[1] for v in numbers):
                 raise ValueError(f"{flag(f.name)} takes numbers from {takes[0]} to {takes[1]}, not {value}")
-        self.run_dir = self.run_dir or f"runs/{self.dataset}"
+        self.run_dir = self.run_dir or f"runs/{self.dataset}" + "-small" * self.small
 
     @property
     def channels(self):
@@ -1041,7 +1041,7 @@ def run(given):
 def open_run(given):
     """Options given, over the run's own, over the preset -> the DiffuseVAE to work on, trained or not.
     The ValueError for a command that contradicts the run lists all options in which it does."""
-    run_dir, kept = given.get("run_dir") or f"runs/{given.get('dataset', 'shapes')}", {}
+    run_dir, kept = Config.preset(**given).run_dir, {}
     trained, model = given.get("stage") in ("sample", "eval"), None
     if trained or Path(run_dir, "model.pt").exists():
         model = load_run(run_dir, trained)

@@ -1443,6 +1443,8 @@ def test_small_networks(capsys, monkeypatch):
         capsys.readouterr()
         message = refusal(capsys, command("--run-dir", run, words[other][0], ddpm_steps=9))
         assert f"{run} has --small {c.small}, not {not c.small}: " in message and files(run)["model.pt"] == before["model.pt"]
+    assert command("--dataset", "cifar10", "--small", ddpm_steps=2) == 0    # its own folder: the large one is still to be trained
+    assert [path.name for path in Path("runs").iterdir()] == ["cifar10-small"]
 
 
 def test_a_slow_machine_is_told(capsys, monkeypatch):
