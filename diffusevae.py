@@ -262,8 +262,9 @@ class GaussianDiffusion:
 
             L_T = KL(q(x_T|x_0) || p(x_T)),    L_t = sum over t >= 1 of KL(q(x_s|x_t, x_0) || p(x_s|x_t))
 
-        and L_0 at 256 grey levels, x_t drawn once a t. p has the posterior's variance, at t = 0 that of
-        t = 1, and its mean at the predicted, clipped x_0. x0 [B, ...] -> these and `total` in bits, each [B].
+        and, at t = 0, L_0 = -log p(x_0|x_t) of 256 grey levels. Each t has one draw x_t; p is q's posterior
+        with the clipped guess in the place of x_0, at t = 0 with the variance of t = 1.
+        Images x0 [B, ...] -> dictionary of L_T, L_t, L_0 and `total`, each [B], in bits per dimension.
         """
         def bits(nats):    # [B, ...] -> [B]
             return nats.flatten(1).mean(1) / math.log(2)
@@ -467,7 +468,7 @@ class GaussianMixture:
         e = randn((n, 1 + self.means.shape[1]), self.means, generator)
         u = torch.special.ndtr(e[:, 0])    # uniform: the distribution function at a normal draw
         k = torch.searchsorted(self.weights.cumsum(0), u).clamp(max=self.components - 1)
-        return self.means[k] + torch.stack([self.chol[i] @ y for i, y in zip(k, e[:, 1:])])
+        return self.means[k] + torch.stack([self.chol[i] @ y for i, y in zip(k, e[:, 1:])])    # chol[k]: big
 
 # --------------------------------------------------------------------------------------------------------
 # 5 DiffuseVAE: p(z) p(x|z), a prior for codes and a DDPM that sees x_hat = decode(z)
@@ -1031,7 +1032,7 @@ def run(given):
     model.to(device, memory_format=torch.channels_last)
     if c.stage in ("all", "vae", "ddpm"):
         train_stages(model)
-    elif c.stage == "sample" and model.vae and getattr(model.mixture, "components", 0) != c.gmm_components:
+    elif c.stage == "sample" and model.mixture and model.mixture.components != c.gmm_components:
         fit_prior(model, load_split(c, "train"))    # another one, for this command alone
     if c.stage in ("all", "sample"):
         draw_samples(model)
@@ -1139,7 +1140,7 @@ def main(argv=None):
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or any(f"{w} memory" in str(e) for w in ("of", "allocate", "enough")):
             e = f"too little memory, lower --batch-size, --vae-batch or --sample-batch: {e}"
-        elif isinstance(e, RuntimeError):    # not the user's to mend
+        elif isinstance(e, RuntimeError):    # such as an illegal access to memory: not the user's to mend
             raise
         print("diffusevae:", str(e).split("\n")[0], file=sys.stderr)
         return 2
