@@ -187,20 +187,15 @@ class GaussianDiffusion:
         return signal * y - sigma * out, sigma * y + signal * out
 
     def q_posterior(self, x0, x_t, t, s=None, shift=0):
-        """q(x_s | x_t, x_0) -> mean [B, ...], variance [B, 1, ...] (arXiv 2006.11239, equations 6 and 7).
+        """q(x_s | x_t, x_0) -> mean [B, ...], variance, a float (arXiv 2006.11239, equations 6 and 7).
 
-        t and s < t: long [B], or ints (variance [1, 1, ...]). s is t - 1 by default, -1 is the clean image.
+        t and s < t are ints, one for the whole batch; s is t - 1 by default, -1 is the clean image.
         """
-        t = torch.as_tensor(t).cpu().reshape(-1)
-        s = t - 1 if s is None else torch.as_tensor(s).cpu().reshape(-1)
-        a_t, a_s = self.alpha_bar[t], self.alpha_bar[s]
+        s = t - 1 if s is None else s
+        a_t, a_s = self.alpha_bar[t].item(), self.alpha_bar[s].item()
         b = 1 - a_t / a_s    # beta of the jump from s to t
-        of_x0, of_y = b * a_s.sqrt() / (1 - a_t), (1 - b).sqrt() * (1 - a_s) / (1 - a_t)
-
-        def column(values):    # [B] -> [B, 1, ...]
-            return values.to(x_t.dtype).to(x_t.device).reshape(-1, *[1] * (x_t.dim() - 1))
-        mean = column(of_x0) * x0 + column(of_y) * (x_t - shift)
-        return torch.where(column(s) < 0, mean, mean + shift), column(b * (1 - a_s) / (1 - a_t))
+        mean = (b * a_s**0.5 * x0 + (1 - b) ** 0.5 * (1 - a_s) * (x_t - shift)) / (1 - a_t)
+        return mean + (shift if s >= 0 else 0), b * (1 - a_s) / (1 - a_t)
 
     @torch.no_grad()
     def trajectory(self, model, y_T, steps, eta=0.0, spacing="quad", shift=0, clip=True, generator=None):
@@ -277,7 +272,7 @@ class GaussianDiffusion:
                 mean, variance = self.q_posterior(x0, x_t, i, shift=shift)
                 p_mean, _ = self.q_posterior(guess, x_t, i, shift=shift)
                 L_t = L_t + bits((mean - p_mean).square() / (2 * variance))
-        sd = self.q_posterior(x0, x_t, 1)[1].sqrt()    # of t = 1; guess is the loop's last, that of t = 0
+        sd = self.q_posterior(x0, x_t, 1)[1] ** 0.5    # of t = 1; guess is the loop's last, that of t = 0
         high = torch.special.ndtr((x0 + 1 / 255 - guess) / sd)    # the mass below the upper edge of x_0's bin
         low = torch.special.ndtr((x0 - 1 / 255 - guess) / sd)
         high, low = torch.where(x0 > 0.999, 1.0, high), torch.where(x0 < -0.999, 0.0, low)    # open ends
@@ -311,7 +306,7 @@ class UNet(nn.Module):
             raise ValueError(f"image_size {image_size} does not halve {len(mults) - 1} times: see unet_mults")
         sizes = [image_size >> i for i in range(len(mults))]
         for size in set(attention) - set(sizes):
-            raise ValueError(f"attention at {size} never occurs: the maps are {', '.join(map(str, sizes))}")
+            raise ValueError(f"attention at {size} never occurs: take {', '.join(map(str, sizes))} or none")
         self.width, self.cond_channels, emb = width, cond_channels, 4 * width
         self.embed_t = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.embed_z = nn.Linear(z_dim, emb) if z_dim else None
@@ -435,7 +430,7 @@ class GaussianMixture:
         floor = (1e-6 * z.var(0, unbiased=False).mean() + 1e-9) * torch.eye(z.shape[1]).to(z)
         share = k_means(z, K, generator)    # p(component | point) [N, K]
         self.history = []
-        while len(self.history) < iterations:
+        for _ in range(iterations):
             mass = share.sum(0) + 1e-9
             self.weights, self.means = mass / mass.sum(), share.T @ z / mass[:, None]
             covariances = []
@@ -612,7 +607,8 @@ class Config:
     """All options of a run; `Config.preset("cifar10", lr=1e-4)` starts from the defaults of a data set.
     Raises ValueError, naming the option and what it takes, for a value that cannot work."""
     # what to do and where: every command says it anew
-    stage: str = option("run", "all", "all: train, then sample", ("all", "vae", "ddpm", "sample", "eval"))
+    stage: str = option("run", "all", "all: train, then sample; ddpm: train alone",
+                        ("all", "vae", "ddpm", "sample", "eval"))
     run_dir: str = option("run", "", "folder of checkpoint, log and pictures")
     device: str = option("run", "auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
     precision: str = option("run", "auto", "auto: bf16 on CUDA that has it", ("auto", "fp32", "bf16"))
@@ -656,7 +652,7 @@ class Config:
     seed: int = option("training", 0, "of initial weights, data order, noise and samples", (0, 2**32 - 1))
 
     # sampling
-    num_samples: int = option("sampling", 64, "images to draw, or test images to measure on", (1, 10**7))
+    num_samples: int = option("sampling", 64, "images to draw (a picture has 64), or to test on", (1, 10**7))
     sample_batch: int = option("sampling", 250, "images drawn at once; changes speed, not images", (1, 65536))
     steps: int = option("sampling", 50, "steps kept of T when sampling", (1, 100_000))
     eta: float = option("sampling", 0.0, "0 is DDIM, 1 is ancestral sampling (DDPM)", (0, 1))
@@ -672,7 +668,8 @@ class Config:
             numbers = (value or [math.nan]) if f.type is tuple else [value]    # nan fits nowhere
             if takes and f.type is not str and not all(takes[0] <= v <= takes[1] for v in numbers):
                 raise ValueError(f"{flag(f.name)} takes numbers from {takes[0]} to {takes[1]}, not {value}")
-        self.run_dir = self.run_dir or f"runs/{self.dataset}" + "-small" * self.small
+        name = self.dataset if self.dataset != "folder" else f"folder-{Path(self.data_dir).resolve().name}"
+        self.run_dir = self.run_dir or f"runs/{name}" + "-small" * self.small
 
     @property
     def channels(self):
@@ -774,7 +771,7 @@ def decode_image(path, size):
             return None
         if im.mode.startswith("I;16"):    # convert() would clip it to white
             im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
-        if im.has_transparency_data:
+        if "transparency" in im.info or im.mode in ("RGBA", "LA", "PA"):
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im.convert("RGBA"))
         return np.asarray(ImageOps.fit(im.convert("RGB"), size, Image.BICUBIC)).transpose(2, 0, 1)
     except Exception:    # a damaged file fails in many ways
@@ -924,22 +921,18 @@ def load_run(run_dir, trained=False):
     try:
         if zipfile.ZipFile(path).testzip():    # torch.load does not heed the checksums
             raise ValueError
-        whole = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        # lazily to sample, whole to train on: Windows does not replace a file that is mapped
+        whole = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=trained))
         model = DiffuseVAE(Config.preset(**{**whole["options"], "run_dir": str(run_dir)}))
         model.load_state_dict(whole["model"])
         model.state = {name: whole[name] for name in model.state}
         untrained = model.state["steps"]["ddpm"] == 0
-        if not trained and whole["stage"]:    # what `train` goes on with has to fit as well
-            network = copy.deepcopy(model.vae if whole["stage"] == "vae" else model.unet)
-            network.load_state_dict(whole["trained"])
-            torch.optim.Adam(network.parameters()).load_state_dict(whole["optimizer"])
-            for p, moments in zip(network.parameters(), whole["optimizer"]["state"].values(), strict=True):
-                if not moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape:
-                    raise ValueError
         if whole["mixture"]:
             model.mixture = GaussianMixture(0)
             vars(model.mixture).update(whole["mixture"])
             model.vae.decode(model.mixture.sample(1, torch.Generator()))    # raises if it does not fit
+    except (PermissionError, MemoryError):    # no fault of the file
+        raise
     except Exception as e:    # a damaged archive fails in many ways
         raise ValueError(f"{path} is damaged or too old ({type(e).__name__}): move it away") from None
     if trained and untrained:
@@ -981,7 +974,7 @@ def draw_samples(model):
         g = generators(c.seed, "sample", indices.tolist())
         z = model.latents(len(g), g)
         images = dict(vae_samples=model.vae.decode(z)) if model.vae else {}
-        images["samples"] = model.decode(z, generator=g)
+        images["samples"] = model.refine(images.get("vae_samples"), None, z, g)
         for name, batch in images.items():
             shown[name] = torch.cat([shown.get(name, batch[:0]), batch])[:64]
             if c.save_images and indices[0] == 0:
@@ -1061,22 +1054,27 @@ def train_stages(model):
     c, steps, images = model.config, model.state["steps"], load_split(model.config, "train")
     if model.vae and steps["ddpm"] and steps["vae"] < c.vae_steps:
         raise ValueError(f"the U-Net in {c.run_dir} goes with its VAE: train that on in another --run-dir")
+    if model.vae and len(images) < c.gmm_components:
+        raise ValueError(f"--gmm-components {c.gmm_components} takes as many images, not {len(images)}")
+    if c.stage == "vae" and not model.vae:
+        raise ValueError("--stage vae trains a VAE, and --formulation none has none")
     device = next(model.parameters()).device
     if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:    # of what is free
         images = images.to(device)
     report(f"{c.dataset}: {len(images)} images, {c.image_size}x{c.image_size}, formulation {c.formulation}, "
            f"{device.type}, run folder {c.run_dir}")
-    if device.type == "cpu" and c.dataset in ("cifar10", "folder") and not c.small:
+    if device.type == "cpu" and c.dataset in ("cifar10", "folder") and not c.small and c.stage != "vae":
         began = time.perf_counter()
         model.loss(to_float(images[:8]))    # a training step takes about three times as long
         hours = 3 * (time.perf_counter() - began) / 8 * (c.ddpm_steps - steps["ddpm"]) * c.batch_size / 3600
-        report(f"the U-Net will take some {hours:.0f} hours on this CPU; --small trains one made for it")
+        if hours >= 1:
+            report(f"the U-Net will take some {hours:.0f} hours on this CPU; --small trains one made for it")
     stages = dict(vae=(model.vae, c.vae_steps, c.vae_batch), ddpm=(model.unet, c.ddpm_steps, c.batch_size))
     for stage, (network, total, batch) in stages.items():
         if network is None or (c.stage, stage) == ("vae", "ddpm"):
             continue
         size = sum(p.numel() for p in network.parameters())
-        report(f"{stage}: {size / 1e6:.2f} M parameters, {total} steps of {batch}")
+        report(f"{stage}: {size / 1e6:.2f} M parameters, {steps[stage]} of {total} steps of {batch} done")
         for m in train(model, stage, images):
             left = (total - m["step"]) * batch / m["images_per_s"] / 60
             report(f"{stage} {m['step']}/{total}  loss {m['loss']:.4f}  {m['images_per_s']:.0f} images/s  "
