@@ -484,7 +484,7 @@ class DiffuseVAE(nn.Module):
     Images are [N, C, S, S] in [-1, 1], latents z [N, z_dim], noise x_T ~ N(0, I) like the images; formulation
     2 adds x_hat to it by itself; formulation none has no VAE: the plain DDPM. The keywords steps, eta,
     spacing, prior and precision override Config's for one call, as in `model.decode(z, steps=10, eta=1.0)`,
-    and raise its ValueErrors. `generator`: see `randn`.
+    and raise its ValueErrors; other options have no effect there. `generator`: see `randn`.
     """
 
     def __init__(self, config):
