@@ -607,7 +607,7 @@ class Config:
     """All options of a run; `Config.preset("cifar10", lr=1e-4)` starts from the defaults of a data set.
     Raises ValueError, naming the option and what it takes, for a value that cannot work."""
     # what to do and where: every command says it anew
-    stage: str = option("run", "all", "all: train, then sample; ddpm: train alone",
+    stage: str = option("run", "all", "all: train, then sample; ddpm: only train",
                         ("all", "vae", "ddpm", "sample", "eval"))
     run_dir: str = option("run", "", "folder of checkpoint, log and pictures")
     device: str = option("run", "auto", "where to compute", ("auto", "cuda", "mps", "cpu"))
@@ -1074,7 +1074,7 @@ def train_stages(model):
         if network is None or (c.stage, stage) == ("vae", "ddpm"):
             continue
         size = sum(p.numel() for p in network.parameters())
-        report(f"{stage}: {size / 1e6:.2f} M parameters, {steps[stage]} of {total} steps of {batch} done")
+        report(f"{stage}: {size / 1e6:.2f} M parameters, batches of {batch}, {steps[stage]} of {total} steps done")
         for m in train(model, stage, images):
             left = (total - m["step"]) * batch / m["images_per_s"] / 60
             report(f"{stage} {m['step']}/{total}  loss {m['loss']:.4f}  {m['images_per_s']:.0f} images/s  "
