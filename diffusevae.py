@@ -1074,7 +1074,7 @@ def train_stages(model):
         if network is None or (c.stage, stage) == ("vae", "ddpm"):
             continue
         size = sum(p.numel() for p in network.parameters())
-        report(f"{stage}: {size / 1e6:.2f} M parameters, batches of {batch}, {steps[stage]} of {total} steps done")
+        report(f"{stage}: {size / 1e6:.2f} M parameters, batches of {batch}, step {steps[stage]} of {total}")
         for m in train(model, stage, images):
             left = (total - m["step"]) * batch / m["images_per_s"] / 60
             report(f"{stage} {m['step']}/{total}  loss {m['loss']:.4f}  {m['images_per_s']:.0f} images/s  "
