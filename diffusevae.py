@@ -463,7 +463,8 @@ class GaussianMixture:
         e = randn((n, 1 + self.means.shape[1]), self.means, generator)
         u = torch.special.ndtr(e[:, 0])    # uniform: the distribution function at a normal draw
         k = torch.searchsorted(self.weights.cumsum(0), u).clamp(max=self.components - 1)
-        return self.means[k] + torch.stack([self.chol[i] @ y for i, y in zip(k, e[:, 1:])])    # chol[k]: big
+        # one by one, for chol[k], [n, D, D], may not fit into memory
+        return self.means[k] + torch.stack([self.chol[i] @ y for i, y in zip(k, e[:, 1:])])
 
 # --------------------------------------------------------------------------------------------------------
 # 5 DiffuseVAE: p(z) p(x|z), a prior for codes and a DDPM that sees x_hat = decode(z)
@@ -652,7 +653,8 @@ class Config:
     seed: int = option("training", 0, "of initial weights, data order, noise and samples", (0, 2**32 - 1))
 
     # sampling
-    num_samples: int = option("sampling", 64, "images to draw (a picture has 64), or to test on", (1, 10**7))
+    num_samples: int = option("sampling", 64, "images to draw (64 at most without --save-images) or test on",
+                              (1, 10**7))
     sample_batch: int = option("sampling", 250, "images drawn at once; changes speed, not images", (1, 65536))
     steps: int = option("sampling", 50, "steps kept of T when sampling", (1, 100_000))
     eta: float = option("sampling", 0.0, "0 is DDIM, 1 is ancestral sampling (DDPM)", (0, 1))
