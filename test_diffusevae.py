@@ -16,7 +16,8 @@ from PIL import Image
 from torch import distributions as D
 
 import diffusevae
-from diffusevae import VAE, Config, DiffuseVAE, GaussianDiffusion, GaussianMixture, UNet, randn, timesteps_for
+from diffusevae import (VAE, Config, DiffuseVAE, GaussianDiffusion, GaussianMixture, UNet, new_state, randn,
+                        timesteps_for, train_ddpm, train_vae)
 
 torch.set_num_threads(1)    # networks this small are slower on two threads, and far slower beside other work
 SPACINGS = ("uniform", "trailing", "quad")
@@ -30,7 +31,8 @@ def small_world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     draw = diffusevae.draw_shapes
-    monkeypatch.setattr(diffusevae, "draw_shapes", lambda n, size, seed: draw(n // (500 if n > 5000 else 1), size, seed))
+    few = lambda n, size, seed: draw(n // (500 if n > 5000 else 1), size, seed)
+    monkeypatch.setattr(diffusevae, "draw_shapes", few)
 
 
 def double(*shape):
@@ -44,6 +46,17 @@ def perturbed(net, scale=0.2):
         for p in net.parameters():
             p.add_(scale * torch.randn_like(p))
     return net
+
+
+def exact(d):
+    """The diffusion with float64 tables, for tests at 1e-9: those of float32 are rounded at 6e-8."""
+    d.sqrt_alpha_bar, d.sqrt_one_minus_alpha_bar = d.alpha_bar.sqrt(), (1 - d.alpha_bar).sqrt()
+    return d
+
+
+def each_seeded(*seeds):
+    """A list of generators, one for each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def jump(T, steps, spacing="quad"):
@@ -70,7 +83,7 @@ def test_vae_kl():
 
 
 def test_vae_squared_error():
-    """The squared error is that of images in [0, 1], summed over pixels, averaged over images; loss = it + weight * KL."""
+    """The squared error is that of images in [0, 1], summed over pixels, averaged over images; loss = error + w KL."""
     vae, x, x_hat = VAE(8, 3, 2, 2), torch.rand(5, 3, 8, 8) * 2 - 1, torch.rand(5, 3, 8, 8) * 2 - 1
     vae.decode = lambda z: x_hat
     loss, error, kl = vae.loss(x, 0.3)
@@ -95,6 +108,17 @@ def test_vae_draws_z_from_q():
     assert ((seen[0].std(0) / sd - 1).abs() < 5 / (2 * n)**0.5).all()    # 5 SE of a standard deviation
 
 
+def test_vae_keeps_logvar_within_20():
+    """An encoder far off has its logvar cut to -20 and 20, so that exp() of it and the loss stay finite."""
+    vae, x = VAE(8, 3, 2, 2), torch.rand(4, 3, 8, 8) * 2 - 1
+    mu, logvar = vae.encode(x)
+    assert torch.equal(vae.encoder(x), torch.cat([mu, logvar], dim=1))    # otherwise they are the encoder's output
+    with torch.no_grad():
+        vae.encoder[-1].bias[2:] = torch.tensor([1000.0, -1000.0])
+    mu, logvar = vae.encode(x)
+    assert torch.equal(logvar, torch.tensor([[20.0, -20.0]]).expand(4, 2)) and vae.loss(x)[0].isfinite()
+
+
 @pytest.mark.parametrize("channels", (1, 3))
 @pytest.mark.parametrize("size", (8, 9, 16, 24, 32))
 def test_vae_shapes(size, channels):
@@ -112,7 +136,7 @@ def test_vae_shapes(size, channels):
 
 def betas_of(d):
     """1 - a_t / a_{t-1}, numpy [T]."""
-    a = d.alpha_bar[:-1].numpy()
+    a = d.alpha_bar.numpy()
     return 1 - a / np.concatenate([[1.0], a[:-1]])
 
 
@@ -125,20 +149,58 @@ def test_linear_schedule():
 
 @pytest.mark.parametrize("T", (10, 1000))
 def test_cosine_schedule(T):
-    """a_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2, with betas up to 0.999 (2102.09672, eq. 17)."""
+    """a_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 * pi / 2)^2, betas up to 0.999 (2102.09672, eq. 17)."""
     f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2)**2 for t in range(T + 1)]
     a, expected = 1.0, []
     for before, after in zip(f, f[1:]):
         expected.append(a := a * (1 - min(0.999, 1 - after / before)))
-    np.testing.assert_allclose(GaussianDiffusion(T, schedule="cosine").alpha_bar[:-1].numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose(GaussianDiffusion(T, schedule="cosine").alpha_bar.numpy(), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("schedule", ("linear", "cosine"))
+def test_geometric_schedule():
+    """Geometric betas run from 1e-4 to 0.05 at T = 1000, each a constant multiple of the one before."""
+    geometric = betas_of(GaussianDiffusion(1000, schedule="geometric"))
+    np.testing.assert_allclose(geometric[[0, -1]], [1e-4, 0.05], rtol=1e-9)    # 1 - a_t / a_s: 1e-16 in 1e-4
+    np.testing.assert_allclose(geometric[1:] / geometric[:-1], 500**(1 / 999), rtol=1e-9)
+    wide = betas_of(GaussianDiffusion(50, 0.01, 0.64, "geometric"))
+    np.testing.assert_allclose(wide[[0, 49]], [0.01, 0.64], rtol=1e-9)
+
+
+def test_default_betas_scale_with_T():
+    """Without betas they are those of T = 1000 times 1000 / T, but 0.999 at most."""
+    for schedule, end in (("linear", 0.02), ("geometric", 0.05)):
+        for T in (1000, 100, 10):
+            ends = np.minimum(0.999, np.array([1e-4, end]) * 1000 / T)
+            np.testing.assert_allclose(betas_of(GaussianDiffusion(T, schedule=schedule))[[0, -1]], ends, rtol=1e-9)
+
+
+def test_float32_tables():
+    """What q_sample multiplies with is the float64 table rounded to float32, and no part of a checkpoint."""
+    d = GaussianDiffusion(1000)
+    assert torch.equal(d.sqrt_alpha_bar, d.alpha_bar.sqrt().float())
+    assert torch.equal(d.sqrt_one_minus_alpha_bar, (1 - d.alpha_bar).sqrt().float())
+    names = {"sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"}
+    assert not d.state_dict() and {name for name, _ in d.named_buffers()} == names
+
+
+@pytest.mark.parametrize("t", (-1, 20, 21))
+def test_q_sample_refuses_other_timesteps(t):
+    """t outside 0..T-1 is an error in every method, not the image at another t."""
+    d, x = GaussianDiffusion(20, 0.01, 0.6, predict="v"), double(3, 2)
+    for bad in (torch.full((3,), t), torch.tensor([0, t, 19])):
+        for method in (d.q_sample, d.target, d.predict_x0):
+            with pytest.raises((IndexError, RuntimeError)):
+                method(x, bad, x)
+
+
+@pytest.mark.parametrize("schedule", ("linear", "cosine", "geometric"))
 def test_alpha_bar_ends(schedule):
-    """alpha_bar is float64, falls from nearly 1 to nearly 0, and index -1, the clean image, is exactly 1."""
-    a = GaussianDiffusion(1000, 1e-4, 0.05, schedule).alpha_bar
-    assert a.dtype == torch.float64 and a.shape == (1001,) and a[-1] == 1
-    assert (a[:-1].diff() < 0).all() and 0.999 < a[0] < 1 and 0 < a[999] < 0.01
+    """alpha_bar is float64 and falls from nearly 1 to nearly 0; at t = -1, the clean image, it is exactly 1."""
+    d = GaussianDiffusion(1000, 1e-4, 0.05, schedule)
+    a = d.alpha_bar
+    assert a.dtype == torch.float64 and a.shape == (1000,) and d.alpha_bar_at(-1) == 1
+    assert (a.diff() < 0).all() and 0.999 < a[0] < 1 and 0 < a[999] < 0.01
+    assert [d.alpha_bar_at(t) for t in (0, 7, 999)] == a[[0, 7, 999]].tolist()
 
 
 def test_q_sample_is_many_single_steps():
@@ -185,7 +247,7 @@ def test_q_posterior_ends():
 @pytest.mark.parametrize("predict", ("eps", "v"))
 def test_target_round_trip(predict):
     """From the true target predict_x0 finds x_0 and eps again; v is sqrt(a) eps - sqrt(1 - a) x_0."""
-    d, x0, eps, shift = GaussianDiffusion(1000, predict=predict), double(4, 6), double(4, 6), double(4, 6)
+    d, x0, eps, shift = exact(GaussianDiffusion(1000, predict=predict)), double(4, 6), double(4, 6), double(4, 6)
     t = torch.tensor([0, 10, 500, 999])
     target, a = d.target(x0, t, eps), d.alpha_bar[t, None]
     assert torch.allclose(target, eps if predict == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0, atol=1e-15)
@@ -205,7 +267,7 @@ def wavy(x, t):
 
 
 def test_formulation_2_is_formulation_1_shifted():
-    """With a network that sees x_t - shift: x_t and means move by the shift, the clean image and y_T do not."""
+    """With a network that sees x_t - shift: x_t and means move by the shift, the clean image and the noise do not."""
     d, x0, noise, shift = GaussianDiffusion(50, 2e-3, 0.4), double(3, 4), double(3, 4), double(3, 4)
     t, net = torch.tensor([0, 20, 49]), lambda x, t: wavy(x - shift, t)
     near = lambda a, b: torch.allclose(a, b, rtol=1e-9, atol=1e-10)    # (y + shift) - shift rounds; steps add that up
@@ -218,7 +280,7 @@ def test_formulation_2_is_formulation_1_shifted():
         one, two = (d.sample(f, noise, steps, eta, shift=by, clip=clip, generator=torch.Generator().manual_seed(3))
                     for f, by in ((wavy, 0), (net, shift)))
         assert near(one, two), (steps, eta, clip)
-    assert near(d.invert(wavy, x0, 20), d.invert(net, x0, 20, shift=shift))
+    assert near(d.invert(wavy, x0, 20, clip=False), d.invert(net, x0, 20, shift=shift, clip=False))
 
 
 @pytest.mark.parametrize("predict", ("eps", "v"))
@@ -233,8 +295,8 @@ def test_ddim_with_true_eps_returns_x0(steps, spacing, predict):
         eps = (x - shift - a.sqrt() * x0) / (1 - a).sqrt()
         return eps if predict == "eps" else a.sqrt() * eps - (1 - a).sqrt() * x0
 
-    for eta in (0.0, 0.6, 1.0):
-        x = d.sample(oracle, double(2, 5), steps, eta, spacing=spacing, shift=shift, clip=False)
+    for eta, variance in ((0.0, "small"), (0.6, "small"), (1.0, "small"), (1.0, "large"))[:4 if steps == 100 else 3]:
+        x = d.sample(oracle, double(2, 5), steps, eta, spacing=spacing, shift=shift, clip=False, variance=variance)
         assert torch.allclose(x, x0, atol=1e-10)    # rounding over sqrt(a_T) = 0.004
 
 
@@ -242,8 +304,9 @@ def test_ddim_with_true_eps_returns_x0(steps, spacing, predict):
 def test_eta_1_is_ancestral_sampling(clip):
     """All T steps at eta 1 are DDPM's algorithm 2, written with betas, from the same noise."""
     T, betas = 50, torch.linspace(2e-3, 0.4, 50, dtype=torch.float64)
-    x = y_T = double(2, 4)
-    got = GaussianDiffusion(T, 2e-3, 0.4).sample(wavy, y_T, T, 1.0, clip=clip, generator=torch.Generator().manual_seed(5))
+    x = noise = double(2, 4)
+    g = torch.Generator().manual_seed(5)
+    got = GaussianDiffusion(T, 2e-3, 0.4).sample(wavy, noise, T, 1.0, clip=clip, generator=g)
     g, bar = torch.Generator().manual_seed(5), (1 - betas).cumprod(0)
     for t in reversed(range(T)):
         eps, beta, previous = wavy(x, torch.full((2,), t)), betas[t], bar[t - 1] if t else torch.tensor(1.0)
@@ -260,8 +323,9 @@ def test_clip_recomputes_eps():
     """Two DDIM steps worked out by hand: x_0 is cut to 1, eps follows, the next step starts from there."""
     d, e, y, shift = GaussianDiffusion(100, 1e-3, 0.2), -0.5, 0.9, 0.3
     net = lambda x, t: torch.full_like(x, e)
+    start = torch.full((1, 1), y, dtype=torch.float64)
     for clip in (True, False):
-        (s, x, x0), (_, end, _) = d.trajectory(net, torch.full((1, 1), y, dtype=torch.float64), 2, shift=shift, clip=clip)
+        (s, x, x0), (_, end, _) = d.trajectory(net, start, 2, shift=shift, clip=clip)
         a_t, a_s = d.alpha_bar[99].item(), d.alpha_bar[24].item()
         clean = (y - (1 - a_t)**0.5 * e) / a_t**0.5    # far above 1
         clean, eps = (1, (y - a_t**0.5) / (1 - a_t)**0.5) if clip else (clean, e)
@@ -286,7 +350,7 @@ def test_gaussian_data_recursion(steps, eta):
     m, c, n, T = 0.5, 0.04, 10_000, 1000
     d, spacing = GaussianDiffusion(T), "uniform" if steps == 3 else "trailing"
     bar = np.append(np.cumprod(1 - np.linspace(1e-4, 0.02, T)), 1.0)
-    mean, var = 0.0, 1.0    # of y_T
+    mean, var = 0.0, 1.0    # of the noise
     for t, s in jump(T, steps, spacing):
         a, b = bar[t], bar[s]
         sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
@@ -300,18 +364,59 @@ def test_gaussian_data_recursion(steps, eta):
         assert mean == pytest.approx(m, abs=1e-3) and var == pytest.approx(c, rel=0.05)
 
 
+@pytest.mark.parametrize("T", (50, 200))
+def test_large_variance_recursion(T):
+    """With variance large every step of ancestral sampling adds noise of variance beta_t, and the last step none."""
+    m, c, n = 0.5, 0.04, 10_000
+    betas = np.linspace(1e-4, 0.02, T) * 1000 / T
+    bar = np.append(np.cumprod(1 - betas), 1.0)
+    mean, var = 0.0, 1.0
+    for t in reversed(range(T)):    # DDPM's equation 11 with the exact eps, linear in x_t
+        a, beta = bar[t], betas[t]
+        gain = beta / (a * c + 1 - a)    # sqrt(1 - a) eps = (1 - a) (x_t - sqrt(a) m) / (a c + 1 - a)
+        mean = (mean - gain * (mean - a**0.5 * m)) / (1 - beta)**0.5
+        var = (1 - gain)**2 * var / (1 - beta) + beta * (t > 0)
+    d = GaussianDiffusion(T)
+    x = d.sample(gaussian_eps(d, m, c), double(n, 1), T, 1.0, clip=False, variance="large")
+    assert abs(x.mean() - mean) < 5 * (var / n)**0.5    # 5 SE
+    assert abs(x.var() - var) < 5 * var * (2 / n)**0.5    # at T = 50 variance small ends at half of it
+
+
+def test_large_variance_by_hand():
+    """One step from t to t - 1: the noise has standard deviation sqrt(beta_t), the mean is as with variance small."""
+    d, noise = GaussianDiffusion(50, 2e-3, 0.4), double(4, 3)
+    seeded = lambda: torch.Generator().manual_seed(5)
+    drawn = torch.randn(4, 3, dtype=torch.float64, generator=seeded())
+    first = [next(d.trajectory(wavy, noise, 50, 1.0, variance=v, generator=seeded()))[1] for v in ("small", "large")]
+    bar = np.cumprod(1 - np.linspace(2e-3, 0.4, 50))
+    small, large = (0.4 * (1 - bar[48]) / (1 - bar[49]))**0.5, 0.4**0.5
+    assert torch.allclose(first[0] - small * drawn, first[1] - large * drawn, atol=1e-12)
+    assert torch.allclose(first[1] - first[0], (large - small) * drawn, atol=1e-12)
+
+
 @pytest.mark.parametrize("variance", (0.05, 1.0))
 def test_invert_then_sample(variance):
-    """With the exact eps of Gaussian data y_T leads back to x_0; a single iteration errs less with more steps."""
+    """With the exact eps of Gaussian data the noise leads back to x_0; a single iteration errs less with more steps."""
     d, shift = GaussianDiffusion(1000), double(50, 3)
     x0, net = 0.2 + variance**0.5 * double(50, 3), gaussian_eps(d, 0.2, variance, shift)
-    error = lambda steps, n: (d.sample(net, d.invert(net, x0, steps, shift=shift, iterations=n), steps,
-                                       shift=shift, clip=False) - x0).abs().max().item()
+    error = lambda steps, n: (d.sample(net, d.invert(net, x0, steps, shift=shift, clip=False, iterations=n),
+                                       steps, shift=shift, clip=False) - x0).abs().max().item()
     assert error(100, 5) < 1e-3
     once = [error(steps, 1) for steps in (20, 50, 100, 200)]
     assert once == sorted(once, reverse=True) and once[-1] < once[0] / 3 and once[-1] > error(200, 5)
-    y_T = d.invert(net, x0, 1000, shift=shift)    # the flow carries N(m, c) to N(0, 1): quantile to quantile
-    assert torch.allclose(y_T, (x0 - 0.2) / variance**0.5, atol=0.05)    # a_T is 4e-5, and the steps are finite
+    noise = d.invert(net, x0, 1000, shift=shift, clip=False)    # the flow carries quantiles of N(m, c) to N(0, 1)
+    assert torch.allclose(noise, (x0 - 0.2) / variance**0.5, atol=0.05)    # a_T is 4e-5, and the steps are finite
+
+
+def test_invert_with_clipping():
+    """A network whose x_0 leaves [-1, 1] at much noise: the inverse of clipped sampling is found only with clipping."""
+    d, x0 = GaussianDiffusion(1000), torch.rand(200, 3, dtype=torch.float64) * 1.6 - 0.8
+    best = gaussian_eps(d, 0.0, 2.25)
+    net = lambda x, t: best(x, t) + 0.05 * torch.sin(3 * x)    # divided by sqrt(a_t) = 0.006 in x_0
+    error = {clip: (d.sample(net, d.invert(net, x0, 10, clip=clip), 10, clip=clip) - x0).abs().max().item()
+             for clip in (True, False)}
+    # a clipped x_0 does not depend on y_t, so 5 iterations suffice; without clipping they leave a hundredfold
+    assert error[True] < 1e-3 and error[False] > 20 * error[True]
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -329,7 +434,8 @@ def bound_by_hand(betas, x0, calls):
         guess = np.clip((y - (1 - bar[t])**0.5 * eps) / bar[t]**0.5, -1, 1)
         if t:
             var = betas[t] * (1 - bar[t - 1]) / (1 - bar[t])
-            mean = lambda x: (bar[t - 1]**0.5 * betas[t] * x + (1 - betas[t])**0.5 * (1 - bar[t - 1]) * y) / (1 - bar[t])
+            c0, c_t = bar[t - 1]**0.5 * betas[t], (1 - betas[t])**0.5 * (1 - bar[t - 1])
+            mean = lambda x: (c0 * x + c_t * y) / (1 - bar[t])
             terms["L_t"] = terms["L_t"] + bits((mean(x0) - mean(guess))**2 / (2 * var))
         else:
             sd = (betas[1] * (1 - bar[0]) / (1 - bar[1]))**0.5
@@ -341,7 +447,7 @@ def bound_by_hand(betas, x0, calls):
 
 @pytest.mark.parametrize("shifted", (False, True))
 def test_bits_per_dim(shifted):
-    """The bound, term by term, is DDPM's formulas in numpy at the same noise; a shift that the net sees changes nothing."""
+    """Term by term the bound is DDPM's formulas in numpy, at the same noise; a shift the net sees changes nothing."""
     T, betas = 40, np.linspace(1e-3, 0.4, 40)
     d = GaussianDiffusion(T, 1e-3, 0.4)
     levels = torch.tensor([[0, 255, 128], [7, 200, 255]], dtype=torch.uint8).view(2, 1, 1, 3)
@@ -381,16 +487,54 @@ def test_bits_per_dim_bounds_the_truth():
 
 def test_randn_with_a_list_does_not_depend_on_the_batch():
     """Image i gets torch.randn of its own generator, whatever else is in its batch; shape and dtype are as asked."""
-    generators = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]
     like = torch.empty(0, dtype=torch.float64)
-    batch = randn((3, 2, 2), like, generators(7, 8, 9))
+    batch = randn((3, 2, 2), like, each_seeded(7, 8, 9))
     for i, seed in enumerate((7, 8, 9)):
-        alone = torch.randn(2, 2, dtype=torch.float64, generator=generators(seed)[0])
-        assert torch.equal(batch[i], alone) and torch.equal(randn((1, 2, 2), like, generators(seed))[0], alone)
+        alone = torch.randn(2, 2, dtype=torch.float64, generator=each_seeded(seed)[0])
+        assert torch.equal(batch[i], alone) and torch.equal(randn((1, 2, 2), like, each_seeded(seed))[0], alone)
     d, y = GaussianDiffusion(100, 1e-3, 0.2), double(3, 2, 2)
-    together = d.sample(wavy, y, 10, 1.0, generator=generators(1, 2, 3))
-    alone = torch.cat([d.sample(wavy, y[i:i + 1], 10, 1.0, generator=generators(i + 1)) for i in range(3)])
+    together = d.sample(wavy, y, 10, 1.0, generator=each_seeded(1, 2, 3))
+    alone = torch.cat([d.sample(wavy, y[i:i + 1], 10, 1.0, generator=each_seeded(i + 1)) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-12)
+
+
+def test_randn_wants_one_generator_per_image():
+    """Too few or too many generators are a ValueError, not repeated or dropped noise; none for no image is fine."""
+    like = torch.empty(0)
+    for count in (0, 1, 2, 4):
+        with pytest.raises(ValueError):
+            randn((3, 2), like, each_seeded(*range(count)))
+    assert randn((0, 2), like, []).shape == (0, 2) and randn((0, 2), like).shape == (0, 2)
+
+
+def test_generators_and_stream():
+    """A seed is a function of run, name and index in 32 bits; generators() has one generator for each index."""
+    seeds = {(seed, name, i): diffusevae.stream(seed, name, i)
+             for seed in (0, 1) for name in ("vae", "sample") for i in range(500)}
+    assert len(set(seeds.values())) == len(seeds) and all(0 <= s < 2**32 for s in seeds.values())
+    drawn = randn((2, 3), torch.empty(0), diffusevae.generators(1, "sample", [7, 4]))
+    for row, i in zip(drawn, (7, 4)):
+        assert torch.equal(row, torch.randn(3, generator=each_seeded(seeds[1, "sample", i])[0]))
+
+
+def test_discretized_log_prob():
+    """Bins of 2 / 255 under torch.distributions' normal, the outermost open, so that the 256 levels sum to 1."""
+    x = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    for mean, std in ((0.1, 0.2), (-0.98, 0.01), (0.9, 0.5)):
+        truth = D.Normal(torch.tensor(mean, dtype=torch.float64), std)
+        edges = truth.cdf(x[:-1] + 1 / 255)
+        p = torch.cat([edges, torch.ones(1)]) - torch.cat([torch.zeros(1), edges])
+        got = diffusevae.discretized_log_prob(x, torch.full_like(x, mean), std)
+        seen = p > 1e-9    # a difference of numbers near 1 is exact to 1e-16, a bin with less mass is not told apart
+        assert torch.allclose(got[seen], p[seen].log(), atol=1e-6)
+        assert got.exp().sum().item() == pytest.approx(1, abs=1e-9)    # 256 bins of at least 1e-12
+
+
+def test_extract():
+    """values[t] with as many dimensions as the images."""
+    values, t = double(10), torch.tensor([3, 0, 9])
+    got = diffusevae.extract(values, t, (3, 2, 4, 4))
+    assert got.shape == (3, 1, 1, 1) and got.flatten().tolist() == [values[i].item() for i in (3, 0, 9)]
 
 
 @pytest.mark.parametrize("T", (1, 2, 10, 100, 1000))
@@ -406,7 +550,8 @@ def test_timesteps_for_all_counts(T):
 
 @pytest.mark.parametrize("spacing, steps, expected", (
     ("uniform", 10, list(range(0, 1000, 100))), ("quad", 10, [9, 39, 89, 159, 249, 359, 489, 639, 809, 999]),
-    ("quad", 3, [110, 443, 999]), ("quad", 1000, list(range(1000))), ("trailing", 10, list(range(99, 1000, 100))), ("trailing", 3, [332, 665, 999]),
+    ("quad", 3, [110, 443, 999]), ("quad", 1000, list(range(1000))),
+    ("trailing", 10, list(range(99, 1000, 100))), ("trailing", 3, [332, 665, 999]),
     ("uniform", 1, [999]), ("quad", 1, [999]), ("trailing", 1, [999])))
 def test_timesteps_for_known_lists(spacing, steps, expected):
     """Lists of 1000 steps worked out by hand."""
@@ -417,11 +562,14 @@ def test_timesteps_for_known_lists(spacing, steps, expected):
     ("steps", lambda: timesteps_for(10, 0)), ("steps", lambda: timesteps_for(10, -1)),
     ("steps", lambda: timesteps_for(10, 11)), ("spacing", lambda: timesteps_for(10, 3, "even")),
     ("0.60", lambda: GaussianDiffusion(100, 1e-4, 0.02)), ("betas", lambda: GaussianDiffusion(100, 0.0, 0.2)),
+    ("0.15", lambda: GaussianDiffusion(1000, 1e-4, 0.02, "geometric")),
     ("betas", lambda: GaussianDiffusion(100, 1e-3, 1.0)), ("schedule", lambda: GaussianDiffusion(schedule="sine")),
     ("predict", lambda: GaussianDiffusion(predict="x0")),
-    ("steps", lambda: GaussianDiffusion(100, 1e-3, 0.2).sample(wavy, double(1, 1), 101))))
+    ("steps", lambda: GaussianDiffusion(100, 1e-3, 0.2).sample(wavy, double(1, 1), 101)),
+    ("variance large needs", lambda: GaussianDiffusion(100).sample(wavy, double(1, 1), 100, 0.5, variance="large")),
+    ("variance large needs", lambda: GaussianDiffusion(100).sample(wavy, double(1, 1), 99, 1.0, variance="large"))))
 def test_diffusion_refuses(words, call):
-    """What would sample wrongly is a ValueError that names the argument (0.60 is what the schedule leaves)."""
+    """What would sample wrongly is a ValueError that names the argument (0.60 and 0.15 of the image are left)."""
     with pytest.raises(ValueError, match=words):
         call()
 
@@ -490,8 +638,8 @@ def test_attention_is_softmax_attention():
 
 
 def test_block_is_scaled_and_shifted_by_the_embedding():
-    """One Block is skip(x) + conv(silu(norm(conv(silu(norm(x)))) (1 + scale) + shift)), written out with functions."""
-    block, x, emb = perturbed(diffusevae.Block(4, 8, 6, 0.0), 0.5).double(), double(2, 4, 5, 5), double(2, 6)
+    """A ResBlock is skip(x) + conv(silu(norm(conv(silu(norm(x)))) (1 + scale) + shift)), written out."""
+    block, x, emb = perturbed(diffusevae.ResBlock(4, 8, 6, 0.0), 0.5).double(), double(2, 4, 5, 5), double(2, 6)
     norm = lambda h, layer: F.group_norm(h, layer.num_groups, layer.weight, layer.bias, layer.eps)
     conv = lambda h, layer: F.conv2d(h, layer.weight, layer.bias, padding=1)
     scale, shift = F.linear(emb, block.scale_shift.weight, block.scale_shift.bias)[:, :, None, None].split(8, dim=1)
@@ -500,10 +648,31 @@ def test_block_is_scaled_and_shifted_by_the_embedding():
     assert torch.allclose(block(x, emb), out, atol=1e-12)
 
 
+def test_timestep_embedding():
+    """Cosines of t / 10000^(2 i / dim), then the sines (1706.03762, section 3.5); an odd last number is 0."""
+    t = torch.tensor([0, 1, 500, 999])
+    for dim in (2, 8, 9):
+        rates = [10_000**(-i / (dim // 2)) for i in range(dim // 2)]
+        expected = [[f(s * rate) for f in (math.cos, math.sin) for rate in rates] + [0] * (dim % 2) for s in t.tolist()]
+        # angles up to 999 have 6e-8 of that as rounding, and the rates another
+        got = diffusevae.timestep_embedding(t, dim).double()
+        assert torch.allclose(got, torch.tensor(expected).double(), atol=3e-4)
+
+
+def test_unet_refuses_the_wrong_x_hat():
+    """x_hat for a U-Net without conditioning, and none for one with: ValueErrors, not an image ignored."""
+    x, t = torch.zeros(1, 3, 8, 8), torch.zeros(1)
+    for cond, x_hat in ((0, x), (3, None)):
+        with pytest.raises(ValueError, match="x_hat"):
+            UNet(8, 3, cond, 4, (1,), heads=1)(x, t, x_hat)
+
+
 @pytest.mark.parametrize("words, size, options", (
-    ("18 does not halve 2 times", 18, dict(mults=(1, 2, 2))), ("9 does not halve 1 times", 9, dict(mults=(1, 1))),
-    ("attention at 5 never occurs", 8, dict(attention=(5,))), ("attention at 16", 8, dict(attention=(8, 16))),
-    ("heads", 8, dict(heads=3)), ("heads", 8, dict(mults=(1, 1), heads=4, width=6, attention=(8,)))))
+    ("image_size 18 must be divisible by 4", 18, dict(mults=(1, 2, 2))),
+    ("image_size 9 must be divisible by 2", 9, dict(mults=(1, 1))),
+    ("no 5x5 feature maps", 8, dict(attention=(5,))), ("no 16x16 feature maps", 8, dict(attention=(8, 16))),
+    ("heads must divide", 8, dict(heads=3)),
+    ("heads must divide", 8, dict(mults=(1, 1), heads=4, width=6, attention=(8,)))))
 def test_unet_refuses(words, size, options):
     """Sizes that do not halve, attention that never occurs and heads that do not divide are ValueErrors by name."""
     with pytest.raises(ValueError, match=words):
@@ -516,19 +685,20 @@ def test_unet_refuses(words, size, options):
 
 MEANS = torch.tensor([[0.0, 0.0], [6.0, 1.0], [-5.0, 7.0]], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-CHOL = torch.tensor([[[1.0, 0], [0.5, 0.8]], [[0.4, 0], [-0.3, 1.2]], [[1.5, 0], [0, 0.5]]], dtype=torch.float64)
+SCALE_TRIL = torch.tensor([[[1.0, 0], [0.5, 0.8]], [[0.4, 0], [-0.3, 1.2]], [[1.5, 0], [0, 0.5]]], dtype=torch.float64)
 
 
 def known_mixture():
     """The mixture above as torch.distributions has it."""
-    return D.MixtureSameFamily(D.Categorical(WEIGHTS), D.MultivariateNormal(MEANS, scale_tril=CHOL))
+    return D.MixtureSameFamily(D.Categorical(WEIGHTS), D.MultivariateNormal(MEANS, scale_tril=SCALE_TRIL))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_k_means_finds_separate_clusters(seed):
     """Eight clusters of 1 to some 80 points at the corners of a cube are found exactly; every point has one owner."""
     g = torch.Generator().manual_seed(seed)
-    label = torch.cat([torch.arange(8), torch.randint(8, (200,), generator=g).square() // 8])    # corners 5 and 7 once each
+    label = torch.randint(8, (200,), generator=g).square() // 8
+    label = torch.cat([torch.arange(8), label])    # corners 5 and 7 once each
     corner = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)))    # 2 apart or more, their points within 0.1
     owner = diffusevae.k_means(corner[label] + 0.2 * torch.rand(208, 3, generator=g) - 0.1, 8, g)
     assert owner.shape == (208, 8) and ((owner == 0) | (owner == 1)).all() and (owner.sum(1) == 1).all()
@@ -537,7 +707,7 @@ def test_k_means_finds_separate_clusters(seed):
 
 
 def test_k_means_without_clusters():
-    """On evenly spread points it comes to rest, each with the nearest mean; on equal points every one has an owner too."""
+    """On evenly spread points it comes to rest, each with the nearest mean; equal points have one owner each, too."""
     g = torch.Generator().manual_seed(0)
     z = torch.rand(60, 2, dtype=torch.float64, generator=g)
     owner = diffusevae.k_means(z, 4, g)
@@ -551,10 +721,10 @@ def test_k_means_without_clusters():
 def test_mixture_recovers_a_known_one():
     """EM on draws of three well separated Gaussians finds their weights, means and covariances."""
     n = 20_000
-    found = GaussianMixture(3).fit(known_mixture().sample((n,)), generator=torch.Generator().manual_seed(0))
+    found = GaussianMixture(3, 2).fit(known_mixture().sample((n,)), generator=torch.Generator().manual_seed(0))
     order = torch.cdist(MEANS, found.means).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2]
-    truth, got = CHOL @ CHOL.mT, (found.chol @ found.chol.mT)[order]
+    truth, got = SCALE_TRIL @ SCALE_TRIL.mT, (found.scale_tril @ found.scale_tril.mT)[order]
     variances = truth.diagonal(dim1=1, dim2=2)
     count = (n * WEIGHTS)[:, None]
     # 5 SE of each, as if every point's component were known: they are 6 standard deviations apart
@@ -567,8 +737,9 @@ def test_mixture_recovers_a_known_one():
 def test_mixture_likelihood_never_falls():
     """On overlapping clusters, with too many components, history rises, and ends at the mean of log_prob."""
     z = torch.cat([double(300, 3), double(300, 3) * 0.5 + 1, double(5, 3) * 3])
-    mixture = GaussianMixture(8).fit(z, iterations=60, tolerance=0.0, generator=torch.Generator().manual_seed(1))
+    mixture = GaussianMixture(8, 3).fit(z, iterations=60, tolerance=0.0, generator=torch.Generator().manual_seed(1))
     steps = np.diff(mixture.history)
+    assert mixture.fitted
     assert len(steps) > 5 and steps[:-1].min() > -1e-6 and steps.min() > -1e-6    # slack: the covariances' floor
     assert mixture.history[-1] == pytest.approx(mixture.log_prob(z).mean().item(), abs=1e-9)
     assert mixture.weights.sum().item() == pytest.approx(1)
@@ -576,8 +747,8 @@ def test_mixture_likelihood_never_falls():
 
 def known_as_ours():
     """The known mixture as a GaussianMixture."""
-    mixture = GaussianMixture(3)
-    mixture.weights, mixture.means, mixture.chol = WEIGHTS, MEANS, CHOL
+    mixture = GaussianMixture(3, 2)
+    mixture.weights, mixture.means, mixture.scale_tril = WEIGHTS, MEANS, SCALE_TRIL
     return mixture
 
 
@@ -592,17 +763,19 @@ def test_mixture_samples():
     n = 40_000
     z = known_as_ours().sample(n, torch.Generator().manual_seed(2))
     mean = WEIGHTS @ MEANS
-    cov = (WEIGHTS[:, None, None] * (CHOL @ CHOL.mT + MEANS[:, :, None] * MEANS[:, None])).sum(0) - mean[:, None] * mean
+    second = SCALE_TRIL @ SCALE_TRIL.mT + MEANS[:, :, None] * MEANS[:, None]
+    cov = (WEIGHTS[:, None, None] * second).sum(0) - mean[:, None] * mean
     assert ((z.mean(0) - mean).abs() < 5 * (cov.diagonal() / n).sqrt()).all()    # 5 SE
     products = (z - mean)[:, :, None] * (z - mean)[:, None]
     assert ((products.mean(0) - cov).abs() < 5 * products.std(0) / n**0.5).all()
     k = torch.cdist(z, MEANS).argmin(1)    # the component, but for one point in thousands
     same, p = (k[1:] == k[:-1]).double().mean(), (WEIGHTS**2).sum()
-    assert abs(same - p) < 8 * (p * (1 - p) / n)**0.5    # neighbours are alike by chance; 5 SE, and 3 for overlapping pairs
+    # neighbours are alike by chance; 5 SE, and 3 for overlapping pairs
+    assert abs(same - p) < 8 * (p * (1 - p) / n)**0.5
     for i in range(3):    # within a component: its own covariance, 5 SE
         one = known_as_ours()
         one.weights = F.one_hot(torch.tensor(i), 3).double()
-        z, truth = one.sample(n, torch.Generator().manual_seed(3)), CHOL[i] @ CHOL[i].T
+        z, truth = one.sample(n, torch.Generator().manual_seed(3)), SCALE_TRIL[i] @ SCALE_TRIL[i].T
         se = ((truth.diagonal()[:, None] * truth.diagonal() + truth**2) / n).sqrt()
         assert ((z.T.cov() - truth).abs() < 5 * se).all()
     g = [torch.Generator().manual_seed(i) for i in range(4)]
@@ -611,24 +784,25 @@ def test_mixture_samples():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-@pytest.mark.parametrize("name, components", (("few", 3), ("one", 1), ("same", 4), ("constant", 3), ("as many", 6), ("far", 2)))
+@pytest.mark.parametrize("name, components", (
+    ("few", 3), ("one", 1), ("same", 4), ("constant", 3), ("as many", 6), ("far", 2)))
 def test_mixture_degenerate_data(name, components, dtype):
-    """Fewer points than dimensions, duplicates, constant dimensions and one component end finite, and can be drawn from."""
+    """Fewer points than dimensions, duplicates, constant dimensions, one component: finite, and can be drawn from."""
     z = dict(few=double(5, 20), one=double(50, 3), same=torch.ones(30, 4, dtype=torch.float64), far=1e4 + double(60, 2),
              constant=torch.cat([double(40, 2), torch.full((40, 1), 3.0)], 1)).get(name, double(6, 2)).to(dtype)
-    mixture = GaussianMixture(components).fit(z, generator=torch.Generator().manual_seed(0))
+    mixture = GaussianMixture(components, z.shape[1]).fit(z, generator=torch.Generator().manual_seed(0))
     draws = mixture.sample(20, torch.Generator().manual_seed(1))
     assert mixture.log_prob(z).isfinite().all() and draws.isfinite().all() and draws.dtype == dtype
     if components == 1:    # the maximum-likelihood Gaussian
         assert torch.allclose(mixture.means[0], z.mean(0), atol=1e-5)
-        assert torch.allclose(mixture.chol[0] @ mixture.chol[0].T, z.T.cov(correction=0), atol=1e-5)
+        assert torch.allclose(mixture.scale_tril[0] @ mixture.scale_tril[0].T, z.T.cov(correction=0), atol=1e-5)
 
 
 def test_mixture_of_few_points_in_many_dimensions():
     """The codes of a folder with 100 images, 512 numbers each: the covariances, of rank 9 and a floor, have a condition
     beyond float32, the fit does not. What is drawn keeps the mean squared length of the codes, 512."""
     z = torch.randn(100, 512, generator=torch.Generator().manual_seed(0))
-    mixture = GaussianMixture(10).fit(z, generator=torch.Generator().manual_seed(0))
+    mixture = GaussianMixture(10, 512).fit(z, generator=torch.Generator().manual_seed(0))
     lengths = mixture.sample(500, torch.Generator().manual_seed(1)).square().sum(1)
     assert mixture.log_prob(z).isfinite().all()
     assert lengths.mean().item() == pytest.approx(z.square().sum(1).mean().item(), rel=0.1)    # 5 SE: sd is some 220
@@ -637,8 +811,8 @@ def test_mixture_of_few_points_in_many_dimensions():
 @pytest.mark.parametrize("z", (torch.zeros(3, 2), torch.full((9, 2), math.nan)))
 def test_mixture_refuses(z):
     """More components than points, and points that are not finite, are ValueErrors."""
-    with pytest.raises(ValueError, match="gmm_components 4"):
-        GaussianMixture(4).fit(z)
+    with pytest.raises(ValueError, match=f"4 gmm_components need at least 4 finite points, got {len(z)}"):
+        GaussianMixture(4, 2).fit(z)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -654,14 +828,14 @@ def tiny(**options):
 def finish(config, images):
     """A model built from the seed and trained through its stages; returns it and all rows."""
     torch.manual_seed(config.seed)
-    model = DiffuseVAE(config)
-    stages = ("vae", "ddpm") if model.vae else ("ddpm",)
-    return model, [row for stage in stages for row in diffusevae.train(model, stage, images)]
+    model, state = DiffuseVAE(config), new_state()
+    stages = (train_vae, train_ddpm) if model.vae else (train_ddpm,)
+    return model, [row for stage in stages for row in stage(model, images, state)]
 
 
 @pytest.mark.parametrize("formulation, predict", (("1", "v"), ("2", "eps"), ("none", "v")))
 def test_both_stages_overfit_one_batch(formulation, predict):
-    """On four images again and again the VAE's squared error falls to a tenth, the U-Net's loss below a quarter of 1."""
+    """On the same four images the VAE's squared error falls to a tenth, the U-Net's loss below a quarter of 1."""
     c = tiny(formulation=formulation, predict=predict, vae_steps=300, ddpm_steps=300, vae_lr=1e-2, lr=1e-2, z_dim=8,
              vae_width=8, unet_width=16, kl_weight=0.0, hflip=False, log_every=50, batch_size=16)
     rows = finish(c, diffusevae.draw_shapes(4, 8, 0)[0])[1]
@@ -718,23 +892,40 @@ def test_stage_2_loss_by_hand(formulation, predict):
     y = seen["x_t"] - (seen["x_hat"] if formulation == "2" else 0)
     noise = (y - a.sqrt() * x) / (1 - a).sqrt()
     target = noise if predict == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x
-    assert loss == pytest.approx((0.3 * seen["x_t"] - target).square().mean().item(), rel=1e-3)    # float32 / sqrt(1 - a_0)
+    expected = (0.3 * seen["x_t"] - target).square().mean().item()
+    assert loss == pytest.approx(expected, rel=1e-3)    # float32 / sqrt(1 - a_0)
 
 
 def test_ema_and_learning_rate_by_hand():
     """The average and the rates follow their closed forms: (1 + n) / (10 + n) up to `ema`; warm-up, then a cosine."""
     c = tiny(ddpm_steps=40, warmup=4, ema=0.7, log_every=1)    # the warm-up ends in the middle, at step 20
     torch.manual_seed(0)
-    model, images = DiffuseVAE(c), diffusevae.draw_shapes(8, 8, 0)[0]
-    average = {name: p.clone() for name, p in model.unet.named_parameters()}
-    for n, row in enumerate(diffusevae.train(model, "ddpm", images)):
+    model, images, state = DiffuseVAE(c), diffusevae.draw_shapes(8, 8, 0)[0], new_state()
+    average = {name: p.detach().clone() for name, p in model.unet.named_parameters()}
+    for n, row in enumerate(train_ddpm(model, images, state)):
         decay = min(0.7, (1 + n) / (10 + n))
-        for name, weights in model.state["trained"].items():
+        assert state["weights"].keys() == average.keys()
+        for name, weights in state["weights"].items():
             average[name] = decay * average[name] + (1 - decay) * weights
         rate = c.lr * min(1, (n + 1) / 5) * (0.5 + 0.5 * math.cos(math.pi * max(0, n - 4) / 36))
         assert row["lr"] == pytest.approx(rate)
         for name, p in model.unet.named_parameters():    # at every step: a wrong start would wash out
             assert torch.allclose(average[name], p, atol=1e-6), (n, name)
+
+
+@pytest.mark.parametrize("stage, train, option", (("vae", train_vae, "vae_lr"), ("ddpm", train_ddpm, "lr")))
+def test_each_stage_has_its_own_learning_rate(stage, train, option):
+    """The rate is in the row, and Adam's first step moves every weight by it: m / sqrt(v) is the gradient's sign."""
+    c = tiny(warmup=0, log_every=1, vae_lr=3e-3, lr=2e-4)
+    model, state = perturbed(DiffuseVAE(c), 0.1), new_state()
+    network = model.vae if stage == "vae" else model.unet
+    before = [p.detach().clone() for p in network.parameters()]
+    row, rate = next(train(model, diffusevae.draw_shapes(8, 8, 0)[0], state)), getattr(c, option)
+    after = network.parameters() if stage == "vae" else state["weights"].values()
+    moved = torch.cat([(one - two).abs().flatten() for one, two in zip(after, before)]) / rate
+    assert row["lr"] == pytest.approx(rate) and "images_per_s" not in row
+    # weights near 1 are rounded at 6e-8; a gradient of 1e-6 or less is held back by Adam's epsilon of 1e-8
+    assert moved.max() < 1.002 and moved.median() > 0.998 and (moved > 0.99).double().mean() > 0.9
 
 
 def test_half_of_the_images_are_mirrored():
@@ -743,21 +934,24 @@ def test_half_of_the_images_are_mirrored():
     model, image = DiffuseVAE(c), torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
     loss = model.vae.loss
     model.vae.loss = lambda x, kl_weight: seen.append(x) or loss(x, kl_weight)
-    list(diffusevae.train(model, "vae", image))
+    list(train_vae(model, image, new_state()))
     x, plain = torch.cat(seen), diffusevae.to_float(image)
     mirrored = (x == plain.flip(3)).flatten(1).all(1)
-    assert (mirrored | (x == plain).flatten(1).all(1)).all() and abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / 1000**0.5    # 5 SE
+    assert (mirrored | (x == plain).flatten(1).all(1)).all()
+    assert abs(mirrored.double().mean() - 0.5) < 5 * 0.5 / 1000**0.5    # 5 SE
 
 
 def test_options_reach_the_model():
-    """kl_weight the VAE's loss; T and the schedule the betas, linear ones 1e-4 to 0.02 at T = 1000; noise is standard normal."""
+    """kl_weight reaches the VAE's loss, T and the schedule reach the betas; noise is standard normal."""
     rows = finish(tiny(kl_weight=7.0), diffusevae.draw_shapes(8, 8, 0)[0])[1]
     assert all(r["loss"] == pytest.approx(r["recon"] + 7 * r["kl"], rel=1e-5) for r in rows if r["stage"] == "vae")
     noise = DiffuseVAE(tiny()).noise(200)
     assert abs(noise.std() - 1) < 5 / (2 * noise.numel())**0.5    # 5 SE
     for T in (1000, 250):
         f = np.cos((np.arange(T) / T + 0.008) / 1.008 * math.pi / 2)**2    # not f(T), where beta is cut to 0.999
-        for schedule, expected in (("linear", np.cumprod(1 - np.linspace(1e-4, 0.02, T) * 1000 / T)), ("cosine", f[1:] / f[0])):
+        for schedule, expected in (("linear", np.cumprod(1 - np.linspace(1e-4, 0.02, T) * 1000 / T)),
+                                   ("cosine", f[1:] / f[0]),
+                                   ("geometric", np.cumprod(1 - np.geomspace(1e-4, 0.05, T) * 1000 / T))):
             bar = DiffuseVAE(tiny(timesteps=T, schedule=schedule)).diffusion.alpha_bar[:len(expected)].numpy()
             np.testing.assert_allclose(bar, expected, rtol=1e-9)
 
@@ -792,35 +986,102 @@ def alike(one, two, but=("images_per_s", "run_dir")):
 
 
 @pytest.mark.parametrize("formulation", ("1", "none"))
-def test_resume_is_bit_identical(formulation):
+def test_resume_is_bit_identical(monkeypatch, formulation):
     """Left after every row and continued from the file, a run ends with the very checkpoint of one in one go."""
     words = f"--formulation {formulation} --dropout 0.2 --vae-steps 10 --ddpm-steps 10 --log-every 3 --save-every 1"
     options = {k: None for k in ("vae_steps", "ddpm_steps")}
     assert command("--run-dir", "a", *words.split(), **options) == 0
-    train = diffusevae.train
-    try:
-        for rows in range(1, 9):    # let go after a row, as a kill between two checkpoints would
-            def short(model, stage, images):
-                yield from itertools.islice(train(model, stage, images), 1)
-                if model.state["steps"][stage] < 10:
-                    raise KeyboardInterrupt
-            diffusevae.train = short
-            if command("--run-dir", "b", *words.split(), **options) == 0:
-                break
-    finally:
-        diffusevae.train = train
+
+    def short(train, stage):    # let go after a row, as a kill between two checkpoints would
+        def one_row(model, images, state):
+            yield from itertools.islice(train(model, images, state), 1)
+            if state["steps"][stage] < 10:
+                raise KeyboardInterrupt
+        return one_row
+
+    monkeypatch.setattr(diffusevae, "train_vae", short(train_vae, "vae"))
+    monkeypatch.setattr(diffusevae, "train_ddpm", short(train_ddpm, "ddpm"))
+    for rows in range(1, 9):
+        code = command("--run-dir", "b", *words.split(), **options)
+        if code == 0:
+            break
+        assert code == 130
     assert rows == (7 if formulation == "1" else 4) and alike("a/model.pt", "b/model.pt")
     logs = [[row[:-1] for row in csv.reader(open(f"{run}/log.csv"))] for run in "ab"]    # without speed
     assert logs[0] == logs[1] and len(logs[0]) == (9 if formulation == "1" else 5)
 
 
-def test_a_stage_broken_off_is_closed_by_the_next():
-    """A notebook that leaves the VAE's loop early: stage 2 trains the U-Net alone, and gives the VAE no gradients."""
-    model, images = DiffuseVAE(tiny()), diffusevae.draw_shapes(8, 8, 0)[0]
-    next(diffusevae.train(model, "vae", images))
+@pytest.mark.parametrize("stage, train, network", (("vae", train_vae, "vae"), ("ddpm", train_ddpm, "unet")))
+def test_breaking_off_between_rows(monkeypatch, stage, train, network):
+    """Stopped between two rows, or before the first, and begun again with its state: the weights of a run in one go."""
+    images, options = diffusevae.draw_shapes(8, 8, 0)[0], dict(vae_steps=9, ddpm_steps=9, log_every=4, dropout=0.2)
+    whole, real = finish(tiny(**options), images)[0], diffusevae.random_batch
+    for breaks in ((1,), (3, 6), (2, 4, 5, 8)):
+        torch.manual_seed(0)
+        model, state = DiffuseVAE(tiny(**options)), new_state()
+        if stage == "ddpm":
+            list(train_vae(model, images, state))
+        for end in breaks:
+            def stop(*args, end=end):    # before step `end` has touched anything
+                if state["steps"][stage] == end:
+                    raise KeyboardInterrupt
+                return real(*args)
+            monkeypatch.setattr(diffusevae, "random_batch", stop)
+            with pytest.raises(KeyboardInterrupt):
+                list(train(model, images, state))
+        monkeypatch.setattr(diffusevae, "random_batch", real)
+        assert [row["step"] for row in train(model, images, state)] == [s for s in (4, 8, 9) if s > end]
+        assert [row["step"] for row in state["log"] if row["stage"] == stage] == [4, 8, 9]
+        for one, two in zip(getattr(model, network).parameters(), getattr(whole, network).parameters()):
+            assert torch.equal(one, two)
+
+
+def test_a_stage_broken_off_leaves_no_graph():
+    """A notebook that leaves the VAE's loop early: codes have no graph, and stage 2 gives the VAE no gradients."""
+    model, images, state = DiffuseVAE(tiny()), diffusevae.draw_shapes(8, 8, 0)[0], new_state()
+    next(train_vae(model, images, state))
+    for draw in (False, True):
+        z = diffusevae.encode_images(model, images, draw)
+        assert z.grad_fn is None and not z.requires_grad
     model.vae.zero_grad()
-    next(diffusevae.train(model, "ddpm", images))
-    assert all(p.grad is None and not p.requires_grad for p in model.vae.parameters())
+    next(train_ddpm(model, images, state))
+    assert all(p.grad is None for p in model.vae.parameters())
+
+
+def test_the_prior_is_fitted_to_draws():
+    """The mixture's variance is that of the codes' means plus that of q(z|x), here 4: EM keeps its points' moments."""
+    n, model = 2000, DiffuseVAE(tiny(gmm_components=3))
+    last, images = model.vae.encoder[-1], diffusevae.draw_shapes(n, 8, 0)[0]
+    with torch.no_grad():
+        last.weight[2:], last.bias[2:] = 0, math.log(4)    # logvar; mu is left as it is
+        mu = model.vae.encode(diffusevae.to_float(images))[0]
+        last.weight[:2] /= mu.std(0)[:, None]
+        mu = model.vae.encode(diffusevae.to_float(images))[0]
+    assert torch.allclose(diffusevae.encode_images(model, images), mu, atol=1e-5)    # in batches of another size
+    diffusevae.fit_prior(model, images)
+    mixture = model.mixture
+    mean = mixture.weights @ mixture.means
+    second = (mixture.scale_tril @ mixture.scale_tril.mT).diagonal(dim1=1, dim2=2) + mixture.means**2
+    variance = mixture.weights @ second - mean**2
+    assert mixture.fitted and len(mixture.weights) == 3
+    assert (mean - mu.mean(0)).abs().max() < 5 * (4 / n)**0.5    # 5 SE
+    assert (variance / (mu.var(0) + 4) - 1).abs().max() < 5 * (2 / n)**0.5    # 5 SE; without the 4 it is 0.2
+
+
+def test_a_prior_belongs_to_its_vae():
+    """When the VAE trains on, its prior is no longer fitted, and the command line fits another."""
+    model, images, state = DiffuseVAE(tiny(gmm_components=3)), diffusevae.draw_shapes(8, 8, 0)[0], new_state()
+    next(train_vae(model, images, state))
+    diffusevae.fit_prior(model, images)
+    assert model.mixture.fitted and model.sample_prior(2).shape == (2, 2)
+    next(train_vae(model, images, state))
+    with pytest.raises(ValueError, match="prior"):
+        model.sample_prior(2)
+    means = []
+    for steps in (4, 4, 8):
+        assert command("--run-dir", "r", "--stage", "vae", "--gmm-components", 3, vae_steps=steps) == 0
+        means.append(torch.load("r/model.pt", weights_only=True)["model"]["mixture.means"])
+    assert torch.equal(means[0], means[1]) and not torch.allclose(means[1], means[2])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -829,16 +1090,18 @@ def test_cuda_trains():
     c = tiny(device="cuda", compile="off")
     model = DiffuseVAE(c).to("cuda", memory_format=torch.channels_last)
     images = diffusevae.draw_shapes(8, 8, 0)[0].cuda()
-    assert all(math.isfinite(r["loss"]) for stage in ("vae", "ddpm") for r in diffusevae.train(model, stage, images))
+    state = new_state()
+    assert all(math.isfinite(r["loss"]) for stage in (train_vae, train_ddpm) for r in stage(model, images, state))
 
 
 def with_prior(model):
     """The model with a mixture fitted to some codes."""
-    model.mixture = GaussianMixture(2).fit(torch.randn(50, model.config.z_dim))
+    model.mixture = GaussianMixture(2, model.config.z_dim).fit(torch.randn(50, model.config.z_dim))
     return model
 
 
-@pytest.mark.parametrize("options", (dict(), dict(formulation="2"), dict(z_cond=True), dict(z_cond=True, formulation="2")))
+@pytest.mark.parametrize("options", (dict(), dict(formulation="2"), dict(z_cond=True),
+                                     dict(z_cond=True, formulation="2")))
 def test_latent_codes_and_back(options):
     """decode(invert(x)) returns x to the inversion's accuracy, whatever the VAE; samples come in any number."""
     torch.manual_seed(0)
@@ -855,45 +1118,136 @@ def test_what_a_model_lacks_is_named():
     with pytest.raises(ValueError, match="prior"):
         DiffuseVAE(tiny()).sample(2)
     assert DiffuseVAE(tiny()).sample(2, prior="normal").shape == (2, 3, 8, 8)
-    with pytest.raises(ValueError, match="no VAE"):
-        DiffuseVAE(tiny(formulation="none")).encode(torch.zeros(1, 3, 8, 8))
+    plain, x, z = DiffuseVAE(tiny(formulation="none")), torch.zeros(1, 3, 8, 8), torch.zeros(1, 2)
+    for call in (lambda: plain.encode(x), lambda: plain.decode(z), lambda: plain.invert(x),
+                 lambda: plain.sample_prior(1), lambda: plain.sample_prior(1, prior="normal")):
+        with pytest.raises(ValueError, match="no VAE"):
+            call()
+    assert plain.mixture is None and plain.reconstruct(x) == (None, None)
+    assert plain.refine(None, plain.noise(2)).shape == plain.sample(2).shape == (2, 3, 8, 8)
     model = DiffuseVAE(tiny(z_cond=True))
     with pytest.raises(ValueError, match="z_cond"):
         model.refine(torch.zeros(1, 3, 8, 8))
     assert model.refine(torch.zeros(1, 3, 8, 8), z=torch.zeros(1, 2)).shape == (1, 3, 8, 8)
 
 
+def test_training_by_hand():
+    """A new model is trainable and in eval mode; loss() gives gradients to the U-Net alone, vae(x) to the VAE."""
+    def with_gradient(net):
+        return {name for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+    model, x = DiffuseVAE(tiny(z_cond=True)), torch.rand(4, 3, 8, 8) * 2 - 1
+    assert all(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+    model.loss(x).backward()
+    assert with_gradient(model.unet) == {"last.2.weight", "last.2.bias"}    # zeros at first: nothing gets past them
+    perturbed(model.unet)
+    model.loss(x).backward()
+    assert with_gradient(model.unet) == {name for name, _ in model.unet.named_parameters()}
+    assert all(p.grad is None for p in model.vae.parameters())
+    x_hat, mu, logvar = model.vae(x)
+    assert x_hat.shape == x.shape and mu.shape == logvar.shape == (4, 2)
+    (x_hat.square().sum() + logvar.sum()).backward()
+    assert with_gradient(model.vae) == {name for name, _ in model.vae.named_parameters()}
+
+
+@pytest.mark.parametrize("formulation", ("1", "2", "none"))
+def test_sampling_has_no_graph(formulation):
+    """What encodes, decodes, refines, inverts and samples runs without gradients, and for no image at all."""
+    model, x = DiffuseVAE(tiny(formulation=formulation)), torch.rand(2, 3, 8, 8) * 2 - 1
+    results = [model.sample(2, prior="normal"), model.refine(None if formulation == "none" else x, model.noise(2))]
+    if model.vae:
+        with_prior(model)
+        z, noise = model.invert(x)
+        results += [z, noise, model.encode(x), model.encode(x, draw=True), model.decode(z), *model.reconstruct(x)]
+        assert model.decode(z[:0]).shape == (0, 3, 8, 8) and model.sample_prior(0).shape == (0, 2)
+    assert not any(y.requires_grad for y in results)
+    for generator in (None, torch.Generator(), []):
+        for eta in (0.0, 1.0):
+            assert model.sample(0, generator, eta=eta).shape == (0, 3, 8, 8)
+    with pytest.raises(ValueError):
+        model.sample(2, each_seeded(1))    # a generator for each image, or one
+
+
+def test_reconstruct_draws_from_q():
+    """reconstruct(x) is decode(z) and z with the mean and spread of q(z|x); z is encode's draw with that generator."""
+    model, n = DiffuseVAE(tiny()), 4000
+    perturbed(model.vae, 0.3)
+    x = torch.rand(1, 3, 8, 8) * 2 - 1
+    x_hat, z = model.reconstruct(x.expand(n, -1, -1, -1), torch.Generator().manual_seed(1))
+    assert torch.equal(z, model.encode(x.expand(n, -1, -1, -1), True, torch.Generator().manual_seed(1)))
+    assert torch.equal(x_hat, model.vae.decode(z))
+    mu, logvar = (v.detach()[0] for v in model.vae.encode(x))
+    sd = (logvar / 2).exp()
+    assert ((z.mean(0) - mu).abs() < 5 * sd / n**0.5).all()    # 5 SE
+    assert ((z.std(0) / sd - 1).abs() < 5 / (2 * n)**0.5).all()    # 5 SE of a standard deviation
+
+
+@pytest.mark.parametrize("formulation", ("1", "2", "none"))
+def test_state_dict_is_the_whole_model(formulation):
+    """Another model of the same options that loads it samples the same images, the prior included, at once."""
+    one, two = (perturbed(DiffuseVAE(tiny(formulation=formulation, z_cond=True, gmm_components=2))) for _ in range(2))
+    if one.vae:
+        two.load_state_dict(one.state_dict())    # the prior is not fitted yet, and that is told
+        with pytest.raises(ValueError, match="prior"):
+            two.sample(3)
+        with_prior(one)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(one.sample(3, each_seeded(1, 2, 3)), two.sample(3, each_seeded(1, 2, 3)))
+    if one.vae:
+        z = one.sample_prior(5)
+        assert torch.equal(one.mixture.log_prob(z), two.mixture.log_prob(z))
+
+
 def test_options_for_one_call():
     """Keywords of decode are the sampler's for that call, the run's own stay; what Config refuses is refused."""
     model = with_prior(perturbed(DiffuseVAE(tiny()), 0.05))
-    z, x_T, before = torch.randn(2, 2), torch.randn(2, 3, 8, 8), copy.deepcopy(model.config)
+    z, noise, before = torch.randn(2, 2), torch.randn(2, 3, 8, 8), copy.deepcopy(model.config)
     seeded = lambda: torch.Generator().manual_seed(1)
-    got = model.decode(z, x_T, seeded(), steps=5, eta=0.5, spacing="quad")
+    got = model.decode(z, noise, seeded(), steps=5, eta=0.5, spacing="quad")
     net = lambda x, t: model.unet(x, t, model.vae.decode(z))
-    assert torch.equal(got, model.diffusion.sample(net, x_T, 5, 0.5, spacing="quad", generator=seeded()))
-    assert model.config == before and not torch.equal(got, model.decode(z, x_T, seeded()))
-    for word, value in (("--eta takes", dict(eta=1.1)), ("--eta takes", dict(eta=math.nan)), ("--spacing takes", dict(spacing="even")),
-                        ("steps must be", dict(steps=1001)), ("--prior takes", dict(prior="flat"))):
+    assert torch.equal(got, model.diffusion.sample(net, noise, 5, 0.5, spacing="quad", generator=seeded()))
+    assert model.config == before and not torch.equal(got, model.decode(z, noise, seeded()))
+    for word, value in (("--eta must be between 0 and 1, got 1.1", dict(eta=1.1)),
+                        ("--eta must be between 0 and 1, got nan", dict(eta=math.nan)),
+                        ("--spacing must be one of uniform, trailing, quad, got even", dict(spacing="even")),
+                        ("steps must be", dict(steps=1001)), ("--prior must be one of", dict(prior="flat")),
+                        ("variance large needs", dict(variance="large", eta=1.0))):
         with pytest.raises(ValueError, match=word):
             model.sample(1, **value)
+    for call in (lambda: model.decode(z, seed=3), lambda: model.sample(1, temperature=2),
+                 lambda: model.refine(x_hat=z, lr=1),
+                 lambda: model.sample_prior(1, num_samples=3), lambda: model.invert(noise, eta=1.0),
+                 lambda: model.invert(noise, prior="normal")):
+        with pytest.raises(TypeError):    # what a call does not heed is not ignored
+            call()
 
 
 def test_sampling_heeds_precision():
     """bf16 is another result than fp32, but by a few grey levels: 8 bits of mantissa, sums in fp32."""
     torch.manual_seed(0)
     model = with_prior(perturbed(DiffuseVAE(tiny(unet_width=16)), 0.05))
-    z, x_T = torch.randn(16, 2), torch.randn(16, 3, 8, 8)
-    exact, half = (model.decode(z, x_T, steps=10, precision=p) for p in ("fp32", "bf16"))
+    z, noise = torch.randn(16, 2), torch.randn(16, 3, 8, 8)
+    exact, half = (model.decode(z, noise, steps=10, precision=p) for p in ("fp32", "bf16"))
     gap = (exact - half).abs() * 127.5    # in grey levels
     assert half.dtype == torch.float32 and 0 < gap.mean() < 1.5 and gap.max() < 30
 
 
+def test_inversion_heeds_precision():
+    """The noise that bf16 finds is another than fp32's, by little; the codes, found outside it, are the same."""
+    torch.manual_seed(0)
+    model, x = perturbed(DiffuseVAE(tiny(unet_width=16)), 0.05), torch.rand(16, 3, 8, 8) - 0.5
+    (z, exact), (same, half) = (model.invert(x, steps=10, precision=p) for p in ("fp32", "bf16"))
+    gap = (exact - half).abs()    # noise is of order 1; 8 bits of mantissa err by 0.002, times ten steps
+    assert torch.equal(z, same) and half.dtype == torch.float32 and 0 < gap.mean() < 0.05
+
+
 def test_compiled_steps_are_one_graph(monkeypatch):
-    """Traced, not generated: both stages and the sampler are one graph each, kept through rates, decays, seeds and t."""
+    """Traced, not generated: both stages and the sampler are one graph each, for every rate, decay, seed and t."""
     from torch._dynamo.testing import CompileCounter
     real = torch.compile
     for formulation, z_cond in (("1", True), ("2", False), ("none", False)):
-        c, counters = tiny(formulation=formulation, z_cond=z_cond, compile="on", vae_steps=20, ddpm_steps=20, dropout=0.1, batch_size=3), []
+        counters, c = [], tiny(formulation=formulation, z_cond=z_cond, compile="on", vae_steps=20, ddpm_steps=20,
+                               dropout=0.1, batch_size=3)
 
         def traced(f, counters=counters, **options):
             counters.append(CompileCounter())
@@ -903,12 +1257,13 @@ def test_compiled_steps_are_one_graph(monkeypatch):
         monkeypatch.setattr(torch, "compile", traced)
         model = finish(c, diffusevae.draw_shapes(8, 8, 0)[0])[0]
         monkeypatch.setattr(torch, "compile", real)
-        assert [counter.frame_count for counter in counters] == [1] * len(counters) and len(counters) == 1 + (model.vae is not None)
+        assert [counter.frame_count for counter in counters] == [1] * len(counters)
+        assert len(counters) == 1 + (model.vae is not None)
         torch._dynamo.reset()
         sampler = CompileCounter()
         model.unet.compile(backend=sampler, fullgraph=True)
         for eta in (0.0, 1.0):
-            model.decode(torch.randn(3, 2), steps=10, eta=eta)
+            model.sample(3, steps=10, eta=eta, prior="normal")
         assert sampler.frame_count == 1
 
 
@@ -917,13 +1272,14 @@ def test_no_tensor_on_the_wrong_device(formulation, z_cond):
     """On the meta device, where a CPU tensor in an operation is an error: training, sampling, inversion, the bound."""
     model = DiffuseVAE(tiny(formulation=formulation, z_cond=z_cond, timesteps=3)).to("meta")
     x, generators = torch.empty(4, 3, 8, 8, device="meta"), [torch.Generator().manual_seed(i) for i in range(4)]
-    results = [model.loss(x, copy.deepcopy(model.unet).requires_grad_(True)), model.bits_per_dim(x, generators)["total"]]
+    results = [model.loss(x), model.bits_per_dim(x, generators)["total"]]
     results[0].backward()
     if model.vae:
         with_prior(model)    # fitted on the CPU, as a checkpoint brings it
-        results.append(copy.deepcopy(model.vae).requires_grad_(True).loss(x)[0])
+        results.append(model.vae.loss(x)[0])
         results[-1].backward()
-        results += [model.decode(*model.invert(x), eta=0.0), model.refine(x, z=torch.empty(4, 2, device="meta"), generator=generators)]
+        z = torch.empty(4, 2, device="meta")
+        results += [model.decode(*model.invert(x), eta=0.0), model.refine(x, None, z, generators)]
     for eta, generator, prior in itertools.product((0.0, 1.0), (None, generators), ("gmm", "normal")):
         results.append(model.sample(4, generator, eta=eta, prior=prior))
     assert all(y.device.type == "meta" for y in results)
@@ -936,7 +1292,9 @@ def test_joint_bound_adds_the_codes_price():
         torch.manual_seed(0)
         model = perturbed(DiffuseVAE(tiny(formulation=formulation, timesteps=20)), 0.05).double().eval()
         x = diffusevae.to_float(diffusevae.draw_shapes(3, 8, 0)[0]).double()
-        model.unet.forward = lambda x_t, t, x_hat, z, f=formulation: 0.5 * x_t - 0.5 * (x_hat if f == "2" else 0) + 0.1 * x_hat
+        def net(x_t, t, x_hat, z, by=float(formulation == "2")):
+            return 0.5 * x_t - 0.5 * by * x_hat + 0.1 * x_hat
+        model.unet.forward = net
         found.append(model.bits_per_dim(x, torch.Generator().manual_seed(3)))
     mu, logvar = (v.detach() for v in model.vae.encode(x))
     kl = D.kl_divergence(D.Normal(mu, (logvar / 2).exp()), D.Normal(0 * mu, 1 + 0 * mu)).sum(1)
@@ -946,6 +1304,22 @@ def test_joint_bound_adds_the_codes_price():
     assert torch.allclose(found[0]["total"], sum(v for k, v in found[0].items() if k != "total"))
 
 
+@pytest.mark.parametrize("formulation", ("1", "2", "none"))
+def test_bound_of_the_whole_model(formulation):
+    """With a generator per image a batch gives each the bound it has alone; all terms are finite, one call per t."""
+    model, calls = perturbed(DiffuseVAE(tiny(formulation=formulation, timesteps=40)), 0.05), []
+    x = diffusevae.to_float(diffusevae.load_images("shapes", "", 8, "test")[0][:4])
+    model.unet.register_forward_hook(lambda m, inputs, out: calls.append(inputs[1][0].item()))
+    terms = model.bits_per_dim(x, each_seeded(0, 1, 2, 3))
+    assert sorted(calls) == list(range(40)) and set(terms) == {"KL", "L_T", "L_t", "L_0", "total"}
+    assert torch.allclose(terms["total"], sum(v for name, v in terms.items() if name != "total"))
+    assert (terms["KL"] > 0).all() if model.vae else (terms["KL"] == 0).all()
+    alone = [model.bits_per_dim(x[i:i + 1], each_seeded(i)) for i in range(4)]
+    for name, values in terms.items():    # float32, in batches of another size
+        assert values.shape == (4,) and values.isfinite().all()
+        assert torch.allclose(values, torch.cat([one[name] for one in alone]), rtol=1e-4), name
+
+
 # --------------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------------
@@ -953,7 +1327,8 @@ def test_joint_bound_adds_the_codes_price():
 
 def test_shapes():
     """Seeded, in range, of three kinds, and no training image among the test images."""
-    (train, labels), (again, _), (test, _) = (diffusevae.load_images("shapes", "", 16, s) for s in ("train", "train", "test"))
+    load = lambda split: diffusevae.load_images("shapes", "", 16, split)
+    (train, labels), (again, _), (test, _) = load("train"), load("train"), load("test")
     assert torch.equal(train, again) and train.dtype == torch.uint8 and train.shape[1:] == (3, 16, 16)
     assert set(labels.tolist()) == {0, 1, 2} and train.max() > 240 and train.min() < 60
     assert not {x.numpy().tobytes() for x in train} & {x.numpy().tobytes() for x in test}
@@ -967,7 +1342,7 @@ def test_uint8_round_trip():
 
 
 def test_folder_of_all_kinds(tmp_path, capsys):
-    """Each kind of image becomes what a viewer shows; other files are counted and named, pipes and dead links passed over."""
+    """Each kind of image becomes what a viewer shows; other files are named, pipes and dead links passed over."""
     root = tmp_path / "photos"
     (root / "ünter").mkdir(parents=True)
     red, wide = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 40, 3), np.uint8)
@@ -992,7 +1367,8 @@ def test_folder_of_all_kinds(tmp_path, capsys):
     (root / "nowhere.png").symlink_to(root / "gone.png")
     x = torch.cat([diffusevae.load_images("folder", root, 8, s)[0] for s in ("test", "train")]).float()    # by name
     out = capsys.readouterr().out
-    assert "skipped 4 of 12 files" in out and all(name in out for name in ("note.txt", "broken.png", "empty.png", "range.tiff"))
+    skipped = ("note.txt", "broken.png", "empty.png", "range.tiff")
+    assert "skipped 4 of 12 files" in out and all(name in out for name in skipped)
     assert not any(name in out for name in ("nowhere.png", "pipe.png", "hidden"))
     assert x.shape == (9, 3, 8, 8)
     for i, colour in enumerate(((200, 0, 0), (200, 0, 0), (200, 0, 0), (128,) * 3, (77,) * 3, (255,) * 3)):
@@ -1015,7 +1391,8 @@ def test_torchvision_data_sets(monkeypatch, name, kind):
     """uint8 [N, C, S, S], grey ones with one channel: at a set's own size as they are, else resized; labels kept."""
     import torchvision.datasets
     rng = np.random.default_rng(0)
-    raw = rng.integers(0, 256, (6, 32, 32, 3), np.uint8) if name == "cifar10" else torch.randint(256, (6, 28, 28)).byte()
+    colour = name == "cifar10"
+    raw = rng.integers(0, 256, (6, 32, 32, 3), np.uint8) if colour else torch.randint(256, (6, 28, 28)).byte()
     made = collections.namedtuple("Data", "data targets")(raw, [3, 1, 2, 0, 1, 2])
     monkeypatch.setattr(torchvision.datasets, kind, lambda root, train, download: made)
     x, labels = diffusevae.load_images(name, "d", raw.shape[1], "train")
@@ -1062,8 +1439,9 @@ def test_command_line_end_to_end(capsys):
     assert command("--run-dir", "r") == 0
     assert files("r")["model.pt"] == before["model.pt"] and files("r")["log.csv"] == before["log.csv"]
     assert command("--run-dir", "r", ddpm_steps=6) == 0
-    steps = [(r["stage"], r["step"]) for r in csv.DictReader(open("r/log.csv"))]
-    assert steps == [("vae", "4"), ("ddpm", "4"), ("ddpm", "6")]
+    rows = list(csv.DictReader(open("r/log.csv")))
+    assert [(r["stage"], r["step"]) for r in rows] == [("vae", "4"), ("ddpm", "4"), ("ddpm", "6")]
+    assert all(float(r["images_per_s"]) > 0 for r in rows)
     assert json.load(open("r/config.json"))["ddpm_steps"] == 6
     for name in ("config.json", "log.csv"):    # for people: nothing reads them
         os.remove(f"r/{name}")
@@ -1073,14 +1451,14 @@ def test_command_line_end_to_end(capsys):
     assert model.sample(3, steps=1).shape == (3, 3, 8, 8)    # from the mixture, which comes with the run
     capsys.readouterr()
     message = refusal(capsys, command("--run-dir", "r", vae_steps=9))
-    assert "goes with its VAE" in message
+    assert "cannot continue VAE training" in message
 
 
 def test_stages_one_by_one():
     """--stage vae trains one stage and its prior, --stage ddpm whatever is missing of both, without samples."""
     assert command("--run-dir", "r", "--stage", "vae") == 0
     state = torch.load("r/model.pt", weights_only=True)
-    assert state["steps"] == dict(vae=4, ddpm=0) and state["mixture"]["means"].shape == (50, 2)
+    assert state["steps"] == dict(vae=4, ddpm=0) and state["model"]["mixture.means"].shape == (50, 2)
     assert command("--run-dir", "r", "--stage", "ddpm") == 0 and not Path("r/samples.png").exists()
     assert command("--run-dir", "s", "--stage", "ddpm") == 0 and alike("r/model.pt", "s/model.pt")
 
@@ -1108,7 +1486,7 @@ def test_samples_do_not_depend_on_the_batch():
 
 
 def test_saved_images_replace_earlier_ones():
-    """Of 5 PNGs and then 2 by another sampler 2 are left, alike in a new folder; without a VAE there is no vae_samples."""
+    """Of 5 PNGs and then 2 by another sampler 2 are left, as in a new folder; without a VAE none in vae_samples."""
     assert command("--run-dir", "r") == 0 and not Path("r/samples").exists()
     shutil.copytree("r", "fresh")
     words = ("--stage", "sample", "--save-images", "--run-dir")
@@ -1118,15 +1496,20 @@ def test_saved_images_replace_earlier_ones():
     assert command(*words, "fresh", **small(num_samples=2, steps=3)) == 0
     for folder, before in five.items():
         after = files(f"r/{folder}")
-        assert len(before) == 5 and list(sorted(after)) == ["000000.png", "000001.png"] and after == files(f"fresh/{folder}")
+        assert len(before) == 5 and sorted(after) == ["000000.png", "000001.png"]
+        assert after == files(f"fresh/{folder}")
     assert files("r/samples")["000000.png"] != five["samples"]["000000.png"]    # of three steps, not two
-    assert command("--run-dir", "r", "--stage", "sample", **small()) == 0 and files("r/samples") == files("fresh/samples")
+    assert command("--run-dir", "r", "--stage", "sample", **small()) == 0
+    assert files("r/samples") == files("fresh/samples")
     assert command("--run-dir", "plain", "--formulation", "none", "--save-images") == 0
     assert len(files("plain/samples")) == 4 and not Path("plain/vae_samples").exists()
 
 
-@pytest.mark.parametrize("words", ("--formulation 2 --z-cond", "--formulation none --predict eps --spacing quad --z-cond",
-                                   "--prior normal", "--schedule linear --eta 1 --precision bf16",
+@pytest.mark.parametrize("words", ("--formulation 2 --z-cond",
+                                   "--formulation none --predict eps --spacing quad --z-cond",
+                                   "--prior normal --schedule geometric",
+                                   "--variance large --timesteps 9 --steps 9 --eta 1 --formulation 2",
+                                   "--schedule linear --eta 1 --precision bf16",
                                    "--attention 8,4 --formulation 1 --no-hflip --grad-clip 0",
                                    "--timesteps 20 --steps 20 --eta 1 --image-size 10",
                                    "--timesteps 5 --steps 5 --gmm-components 3"))
@@ -1139,7 +1522,7 @@ def test_options_work(words):
 
 
 def refusal(capsys, code):
-    """The message on standard error of a command that ended with exit code 2: a sentence, after argparse's usage if any."""
+    """The message on standard error of a command that ended with exit code 2: a sentence, after a usage if any."""
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if not line.startswith("usage: ")]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("diffusevae") or "error:" in lines[0], err
@@ -1148,16 +1531,30 @@ def refusal(capsys, code):
 
 
 @pytest.mark.parametrize("words, named", (
-    ("--dataset lsun", "--dataset takes shapes"), ("--dataset folder --data-dir nowhere --attention none", "nowhere holds no usable image to train with"),
-    ("--image-size 9", "image_size 9"), ("--attention 5", "attention at 5"), ("--heads 3", "heads"),
-    ("--steps 0", "--steps takes"), ("--steps -1", "--steps takes"), ("--steps 1001", "steps must be from 1 to 1000"),
-    ("--eta 1.5", "--eta takes"), ("--eta -0.1", "--eta takes"), ("--eta nan", "--eta takes"), ("--lr inf", "--lr takes"),
-    ("--stage sample", "no run in r"), ("--frobnicate 3", "--frobnicate"), ("--z-dim x", "--z-dim"),
-    ("--unet-mults 0,1", "--unet-mults"), ("--unet-mults none", "--unet-mults"), ("--unet-mults 1,x", "numbers value: '1,x'"), ("--timesteps 1", "--timesteps"),
-    ("--schedule cubic", "--schedule takes"), ("--stage eval --run-dir nowhere", "no run in nowhere"),
-    ("--stage traverse", "--stage takes"), ("--help --eta 2", "--eta takes"), ("--small 3", "unrecognized arguments: 3"),
-    ("--formulation none --stage vae", "--formulation none has none"), ("--gmm-components 101", "--gmm-components 101 takes as many images, not 100"),
-    pytest.param("--device cuda", "--device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+    ("--dataset lsun", "argument --dataset: invalid choice: 'lsun'"),
+    ("--dataset folder --data-dir nowhere --attention none", "no usable image in --data-dir nowhere to train on"),
+    ("--image-size 9", "image_size 9 must be divisible by 2"), ("--attention 5", "no 5x5 feature maps"),
+    ("--heads 3", "heads must divide"),
+    ("--steps 0", "--steps must be between 1 and"), ("--steps -1", "--steps must be between 1 and"),
+    ("--steps 1001", "steps must be between 1 and 1000"), ("--eta 1.5", "--eta must be between 0 and 1, got 1.5"),
+    ("--eta -0.1", "--eta must be between 0 and 1, got -0.1"), ("--eta nan", "--eta must be between"),
+    ("--lr inf", "--lr must be between"), ("--variance large", "variance large needs"),
+    ("--variance large --eta 1", "variance large needs"), ("--variance large --steps 1000", "variance large needs"),
+    ("--variance large --timesteps 20 --steps 20 --eta 0.9", "variance large needs"),
+    ("--stage vae --variance large", "variance large needs"), ("--stage sample", "no model.pt in r"),
+    ("--frobnicate 3", "--frobnicate"), ("--z-dim x", "--z-dim"),
+    ("--unet-mults 0,1", "--unet-mults"), ("--unet-mults none", "unet_mults"),
+    ("--unet-mults 1,x", "numbers value: '1,x'"), ("--timesteps 1", "--timesteps"),
+    ("--schedule cubic", "argument --schedule: invalid choice"),
+    ("--variance huge", "argument --variance: invalid choice"),
+    ("--stage sample --run-dir nowhere", "no model.pt in nowhere"),
+    ("--stage eval", "argument --stage: invalid choice"),
+    ("--stage traverse", "argument --stage: invalid choice"), ("--help --eta 2", "--eta must be between"),
+    ("--small 3", "unrecognized arguments: 3"),
+    ("--formulation none --stage vae", "--formulation none has none"),
+    ("--gmm-components 101", "--gmm-components 101 needs as many images, got 100"),
+    pytest.param("--device cuda", "device cuda is not available",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
 ))
 def test_refusals(capsys, words, named):
     """Bad input is one sentence that names it, exit code 2, and nothing is written."""
@@ -1169,7 +1566,8 @@ def test_refusals(capsys, words, named):
 def test_too_large_a_new_mixture_is_refused(capsys):
     """More Gaussians than images, asked for when sampling from a trained run: told by name."""
     assert command("--run-dir", "r", "--gmm-components", 3) == 0
-    assert "gmm_components 101" in refusal(capsys, command("--run-dir", "r", "--stage", "sample", "--gmm-components", 101))
+    message = refusal(capsys, command("--run-dir", "r", "--stage", "sample", "--gmm-components", 101))
+    assert "101 gmm_components need at least 101 finite points, got 100" in message
 
 
 def test_empty_folder_is_refused(capsys):
@@ -1179,7 +1577,7 @@ def test_empty_folder_is_refused(capsys):
     Path("photos/nor.png").write_text("no image")
     code = command("--run-dir", "r", "--dataset", "folder", "--data-dir", "photos", "--attention", "none")
     out, err = capsys.readouterr()
-    assert code == 2 and "nor.png" in out and "photos holds no usable image" in err and not Path("r").exists()
+    assert code == 2 and "nor.png" in out and "no usable image in --data-dir photos" in err and not Path("r").exists()
 
 
 def test_another_model_is_refused(capsys):
@@ -1188,34 +1586,21 @@ def test_another_model_is_refused(capsys):
     before = files("r")
     capsys.readouterr()
     message = refusal(capsys, command("--run-dir", "r", "--formulation", "2", "--dataset", "mnist", z_dim=3))
+    assert "options conflict with the saved run: r has " in message and "--formulation 1, not 2" in message
     assert all(name in message for name in ("--formulation", "--dataset", "--z-dim")) and "--heads" not in message
     assert files("r") == before
 
 
-@pytest.mark.parametrize("formulation", ("1", "2", "none"))
-def test_evaluation(capsys, formulation):
-    """--stage eval writes and prints mean and standard error of each term of the model's bound on test images."""
-    assert command("--run-dir", "r", "--formulation", formulation, "--timesteps", 40) == 0
-    assert command("--run-dir", "r", "--stage", "eval", **small(sample_batch=3)) == 0
-    out, table = capsys.readouterr().out, json.load(open("r/eval.json"))
-    assert "40 network calls" in out and table.pop("images") == 4 and set(table) == {"KL", "L_T", "L_t", "L_0", "total"}
-    x = diffusevae.to_float(diffusevae.load_images("shapes", "", 8, "test")[0][:4])
-    model = DiffuseVAE.load("r", "cpu")
-    generators = [torch.Generator().manual_seed(diffusevae.stream(0, "eval", i)) for i in range(4)]
-    for name, values in model.bits_per_dim(x, generators).items():    # in one batch rather than two
-        assert table[name]["mean"] == pytest.approx(values.mean().item(), rel=1e-4)
-        assert table[name]["standard_error"] == pytest.approx(values.std().item() / 2, rel=1e-3, abs=1e-9)
-        assert f"{table[name]['mean']:.4f} +- {table[name]['standard_error']:.4f} bits" in re.search(rf"^{name} .*", out, re.M)[0]
-
-
 def test_stages_need_the_second_stage(capsys):
-    """A run with a VAE alone is refused by every stage that draws, and by load()."""
+    """A run with a VAE alone is refused by the stage that samples, and by load()."""
     assert command("--run-dir", "r", "--stage", "vae") == 0
-    for stage in ("sample", "eval"):
-        capsys.readouterr()
-        assert "no U-Net yet" in refusal(capsys, command("--run-dir", "r", "--stage", stage, **small()))
-    with pytest.raises(ValueError, match="no U-Net yet"):
+    capsys.readouterr()
+    message = refusal(capsys, command("--run-dir", "r", "--stage", "sample", **small()))
+    assert "the U-Net in r is not trained yet" in message
+    with pytest.raises(ValueError, match="the U-Net in r is not trained yet"):
         DiffuseVAE.load("r")
+    model, state = diffusevae.load_run("r")    # to train on, it is welcome
+    assert state["steps"] == dict(vae=4, ddpm=0) and model.mixture.fitted
 
 
 class Bomb:
@@ -1223,6 +1608,25 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, ("boom",)
+
+
+@pytest.mark.parametrize("stage", ("sample", "ddpm", "all"))
+def test_checkpoints_of_another_format_are_refused(capsys, stage):
+    """The version before had no key `format`: named as format 1, neither called damaged nor written over."""
+    assert command("--run-dir", "r") == 0
+    saved = torch.load("r/model.pt", weights_only=True)
+    assert saved.keys() == {"format", "options", "model", "steps", "log", "stage", "optimizer", "weights"}
+    assert saved["format"] == 2
+    del saved["format"]
+    for version in (1, 3):
+        torch.save(saved if version == 1 else {**saved, "format": version}, "r/model.pt")
+        before = Path("r/model.pt").read_bytes()
+        capsys.readouterr()
+        message = refusal(capsys, command("--run-dir", "r", "--stage", stage, **small()))
+        assert f"checkpoint format {version}" in message and "r/model.pt" in message and "damaged" not in message
+        with pytest.raises(ValueError, match=f"checkpoint format {version}"):
+            DiffuseVAE.load("r", "cpu")
+        assert Path("r/model.pt").read_bytes() == before
 
 
 def test_damaged_checkpoints_are_refused(capsys):
@@ -1252,7 +1656,7 @@ def test_damaged_checkpoints_are_refused(capsys):
     assert accepted < 15 and not Path("boom").exists()
 
 
-@pytest.mark.parametrize("change", ("rename", "drop", "shape", "options", "steps", "mixture", "bomb"))
+@pytest.mark.parametrize("change", ("rename", "drop", "shape", "options", "steps", "mixture", "log", "bomb"))
 @pytest.mark.parametrize("stage", ("sample", "all"))
 def test_edited_checkpoints_are_refused(capsys, change, stage):
     """A checkpoint opened, changed so that it fits no longer, and saved anew: one sentence, and no code in it runs."""
@@ -1263,12 +1667,15 @@ def test_edited_checkpoints_are_refused(capsys, change, stage):
         weights["unet.other"] = weights.pop(name)
     if change == "drop":
         del weights["unet.other"]
-    weights |= dict(shape={name: weights[name][:1] if change == "shape" else None}, bomb={"other": Bomb()}).get(change, {})
-    state |= dict(options=dict(options={**state["options"], "heads": 3}), steps=dict(steps=3),
-                  mixture=dict(mixture=5)).get(change, {})
+    if change == "log":
+        del state["log"]
+    weights |= dict(shape={name: weights[name][:1] if change == "shape" else None}, bomb={"other": Bomb()},
+                    mixture={"mixture.means": 5}).get(change, {})
+    state |= dict(options=dict(options={**state["options"], "heads": 3}), steps=dict(steps=3)).get(change, {})
     torch.save(state, "r/model.pt")
     capsys.readouterr()
-    assert "model.pt" in refusal(capsys, diffusevae.main(f"--run-dir r --stage {stage}".split())) and not Path("boom").exists()
+    assert "model.pt" in refusal(capsys, diffusevae.main(f"--run-dir r --stage {stage}".split()))
+    assert not Path("boom").exists()
 
 
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(capsys, monkeypatch):
@@ -1288,24 +1695,28 @@ def test_a_loss_that_is_not_finite_stops(capsys, monkeypatch):
     assert command("--run-dir", "r", "--save-every", 2, ddpm_steps=4) == 0
     before, loss = Path("r/model.pt").read_bytes(), DiffuseVAE.loss
     calls = iter(range(99))
-    monkeypatch.setattr(DiffuseVAE, "loss", lambda self, x, unet=None: loss(self, x, unet) * (math.nan if next(calls) == 2 else 1))
+    broken = lambda self, x, unet=None: loss(self, x, unet) * (math.nan if next(calls) == 2 else 1)
+    monkeypatch.setattr(DiffuseVAE, "loss", broken)
     capsys.readouterr()
     message = refusal(capsys, command("--run-dir", "r", "--log-every", 4, "--save-every", 100, ddpm_steps=12))
-    assert "ddpm is not finite after step 4: lower its" in message and Path("r/model.pt").read_bytes() == before
+    assert "non-finite ddpm loss after step 4; try a lower" in message and Path("r/model.pt").read_bytes() == before
     monkeypatch.setattr(DiffuseVAE, "loss", loss)
     assert command("--run-dir", "r", ddpm_steps=12) == 0
 
 
 def test_killed_runs_end_alike():
-    """Killed without warning in both stages and while sampling, a run ends with the very files of an undisturbed one."""
-    words = ["--image-size=8", "--unet-width=4", "--heads=1", "--vae-width=2", "--z-dim=2", "--vae-steps=40", "--ddpm-steps=40",
-             "--batch-size=4", "--vae-batch=4", "--steps=2", "--eta=1", "--dropout=0.1", "--save-every=7", "--log-every=1",
+    """Killed without warning in both stages and while sampling, a run ends with the files of an undisturbed one."""
+    words = ["--image-size=8", "--unet-width=4", "--heads=1", "--vae-width=2", "--z-dim=2", "--vae-steps=40",
+             "--ddpm-steps=40",
+             "--batch-size=4", "--vae-batch=4", "--steps=2", "--eta=1", "--dropout=0.1", "--save-every=7",
+             "--log-every=1",
              "--num-samples=90", "--sample-batch=10", "--save-images", "--device=cpu"]
     few = "import sys, torch, diffusevae as d; torch.set_num_threads(1); f = d.draw_shapes; " \
           "d.draw_shapes = lambda n, size, seed: f(n // 500 if n > 5000 else n, size, seed); sys.exit(d.main())"
     env, kills = {**os.environ, "PYTHONPATH": str(Path(diffusevae.__file__).parent)}, 0
-    for start in ("vae 9", "ddpm 1", "ddpm 30", "drew 4", ""):    # of the line after which to kill
-        run = subprocess.Popen([sys.executable, "-u", "-c", few, *words, "--run-dir=r"], env=env, stdout=subprocess.PIPE, text=True)
+    for start in ("vae 9/40", "ddpm 1/40", "ddpm 30/40", "sampled 40 of 90 images", ""):    # where to kill
+        run = subprocess.Popen([sys.executable, "-u", "-c", few, *words, "--run-dir=r"], env=env, text=True,
+                               stdout=subprocess.PIPE)
         for line in run.stdout:
             if start and line.startswith(start):
                 run.kill()
@@ -1315,7 +1726,8 @@ def test_killed_runs_end_alike():
     assert diffusevae.main([*words, "--run-dir=clean"]) == 0 and kills == 4 and run.returncode == 0
     assert alike("r/model.pt", "clean/model.pt")
     one, two = ([row[:-1] for row in csv.reader(open(f"{r}/log.csv"))] for r in ("r", "clean"))
-    assert one == two and len(one) == 81 and files("r/samples") == files("clean/samples") and len(files("r/samples")) == 90
+    assert one == two and len(one) == 81
+    assert files("r/samples") == files("clean/samples") and len(files("r/samples")) == 90
     assert files("r/vae_samples") == files("clean/vae_samples")
 
 
@@ -1330,21 +1742,23 @@ def test_full_disk(capsys):
         code = command("--run-dir", "r", ddpm_steps=9)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "model.pt could not be written" in refusal(capsys, code)
+    assert re.search("could not write .*model.pt .* checkpoint is unchanged", refusal(capsys, code))
     assert Path("r/model.pt").read_bytes() == before and not list(Path("r").glob("*.tmp"))
     assert command("--run-dir", "r", ddpm_steps=9) == 0
 
 
 def test_lack_of_memory_is_one_sentence(capsys, monkeypatch):
-    """What CUDA and the CPU raise when memory does not suffice: the options to lower are named, the checkpoint is kept."""
+    """What CUDA and the CPU raise for want of memory: the options to lower are named, the checkpoint is kept."""
     assert command("--run-dir", "r") == 0
     before, loss = Path("r/model.pt").read_bytes(), DiffuseVAE.loss
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory"), MemoryError()):
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory"),
+                  MemoryError()):
         def fail(self, x, unet=None, error=error):
             raise error
         monkeypatch.setattr(DiffuseVAE, "loss", fail)
         capsys.readouterr()
-        assert "lower --batch-size, --vae-batch or --sample-batch" in refusal(capsys, command("--run-dir", "r", ddpm_steps=9))
+        message = refusal(capsys, command("--run-dir", "r", ddpm_steps=9))
+        assert "out of memory; lower --batch-size, --vae-batch or --sample-batch" in message
         assert Path("r/model.pt").read_bytes() == before
     monkeypatch.setattr(DiffuseVAE, "loss", loss)
     assert command("--run-dir", "r", ddpm_steps=9) == 0
@@ -1353,43 +1767,52 @@ def test_lack_of_memory_is_one_sentence(capsys, monkeypatch):
 def test_every_option_at_its_edges():
     """Each number's smallest and largest value are taken, each word is; what lies beyond is refused by name."""
     for f in diffusevae.dataclasses.fields(Config):
-        takes = f.metadata["takes"]
-        if not takes:
-            continue
-        if isinstance(takes[0], str):
-            assert all(getattr(Config(**{f.name: word}), f.name) == word for word in takes)
-            beyond = ("", takes[0] + "x", 3, None)
-        else:
+        words, limits = f.metadata["choices"], f.metadata["range"]
+        assert not (words and f.type is not str)
+        if words:
+            assert all(getattr(Config(**{f.name: word}), f.name) == word for word in words)
+            beyond = ("", words[0] + "x", 3, None)
+        elif limits and f.type in (int, float, tuple):
             wrap = (lambda v: (1, v)) if f.type is tuple else (lambda v: v)
-            for value in takes:
+            for value in limits:
                 assert getattr(Config(**{f.name: wrap(value)}), f.name) == wrap(value)
             gap = 1 if f.type is int else 1e-7
-            beyond = [wrap(v) for v in (takes[0] - gap, takes[1] + gap * max(1, takes[1]), math.nan, math.inf, -math.inf)]
+            beyond = [wrap(v) for v in (limits[0] - gap, limits[1] + gap * max(1, limits[1]), math.nan, math.inf,
+                                        -math.inf)]
+        else:
+            continue
         for value in beyond:
             with pytest.raises(ValueError, match=diffusevae.flag(f.name)):
                 Config(**{f.name: value})
 
 
 def test_help_speaks_to_people(capsys):
-    """--help: a usage of one line, every option with the value of the command in question, no Python type names."""
+    """--help: a usage of one line, each option in its group with the value of that command, no type names."""
     pages = {}
     for words in ("", "--dataset cifar10", "--dataset cifar10 --small --lr 0.5", "--dataset folder --image-size 128"):
         assert command(*words.split(), "--help", **{k: None for k in TINY}) == 0
-        pages[words] = capsys.readouterr().out
-    for page in pages.values():
-        assert page.startswith("usage: python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]\n\nDiffuseVAE in one file")
-        options = page.split("\nOptions, ")[1]
+        page = capsys.readouterr().out
+        usage = "usage: python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]\n\nDiffuseVAE in one file"
+        assert page.startswith(usage)
+        titles = re.findall(r"^(\w+ options):$", page, re.M)
+        assert titles == ["run options", "model options", "training options", "sampling options"]
+        options = page[page.index("run options:"):]
         assert not re.search(r"\b(tuple|str|int|float)\b", options)
+        # from each option to the next or to a title: one line, however wide the terminal
+        parts = [" ".join(part.split()) for part in re.split(r"^(?=  --)|\n\n", options, flags=re.M)]
+        pages[words] = {part.split()[0].rstrip(","): part for part in parts if part.startswith("--")}
         for f in diffusevae.dataclasses.fields(Config):
-            assert re.search(rf"^  {diffusevae.flag(f.name)} +\S.*\S \[.+\]$", options, re.M), f.name
-    joined = {words: " ".join(page.split()) for words, page in pages.items()}
-    assert "maps halve in between [1,2]" in joined[""] and "or none [none]" in joined[""]
-    assert "maps halve in between [1,2,2,2]" in joined["--dataset cifar10"] and "or none [16]" in joined["--dataset cifar10"]
-    assert "maps halve in between [1,2,2,3,4]" in joined["--dataset folder --image-size 128"]
-    quick = joined["--dataset cifar10 --small --lr 0.5"]
-    assert "maps halve in between [1,2,2]" in quick and "or none [none]" in quick and "of the U-Net, likewise [0.5]" in quick
-    assert "cifar10 and folder [on]" in quick and "cifar10 and folder [off]" in joined["--dataset cifar10"]
-    assert "which steps are kept (uniform, trailing, quad) [quad]" in quick
+            part = pages[words][diffusevae.flag(f.name)]
+            assert re.fullmatch(r"--.+ \(default: [^()]+\)", part) and f.metadata["help"] in part, f.name
+            assert not f.metadata["choices"] or "{" + ",".join(f.metadata["choices"]) + "}" in part, f.name
+    default = lambda words, option: re.search(r"\(default: (.+)\)$", pages[words][option])[1]
+    small, large, cifar = "--dataset cifar10 --small --lr 0.5", "--dataset folder --image-size 128", "--dataset cifar10"
+    assert default("", "--unet-mults") == "1,2" and default("", "--attention") == "none"
+    assert default(cifar, "--unet-mults") == "1,2,2,2" and default(cifar, "--attention") == "16"
+    assert default(large, "--unet-mults") == "1,2,2,3,4"
+    assert [default(small, name) for name in ("--unet-mults", "--attention", "--lr")] == ["1,2,2", "none", "0.5"]
+    assert default(small, "--small") == "True" and default(cifar, "--small") == "False"
+    assert default(small, "--spacing") == "quad" and default(small, "--run-dir") == "runs/cifar10-small"
 
 
 @pytest.mark.parametrize("dataset, asked, expected", (
@@ -1399,14 +1822,17 @@ def test_help_speaks_to_people(capsys):
     ("folder", dict(image_size=256), dict(unet_mults=(1, 1, 2, 2, 4, 4), unet_width=128, batch_size=8, lr=2e-5)),
     ("folder", dict(image_size=32, small=True), dict(unet_mults=(1, 2, 2), unet_width=48, batch_size=32, attention=())),
     ("folder", dict(image_size=64, small=True), dict(unet_mults=(1, 2, 2), unet_width=32, batch_size=16, attention=())),
-    ("cifar10", dict(), dict(unet_mults=(1, 2, 2, 2), unet_width=128, attention=(16,), predict="eps", steps=50, z_dim=512)),
-    ("cifar10", dict(small=True), dict(unet_mults=(1, 2, 2), unet_width=48, attention=(), predict="v", steps=10, z_dim=128)),
+    ("cifar10", dict(), dict(unet_mults=(1, 2, 2, 2), unet_width=128, attention=(16,), predict="eps", steps=50,
+                             z_dim=512)),
+    ("cifar10", dict(small=True), dict(unet_mults=(1, 2, 2), unet_width=48, attention=(), predict="v", steps=10,
+                                       z_dim=128)),
     ("mnist", dict(), dict(unet_mults=(1, 2, 2), unet_width=24, batch_size=16, image_size=28, channels=1)),
-    ("mnist", dict(small=True), dict(unet_mults=(1, 2, 2), unet_width=24, batch_size=16, image_size=28)),    # small already
+    # small already
+    ("mnist", dict(small=True), dict(unet_mults=(1, 2, 2), unet_width=24, batch_size=16, image_size=28)),
     ("shapes", dict(small=True), dict(unet_mults=(1, 2), unet_width=32, batch_size=16, image_size=16, channels=3)),
 ))
 def test_presets(dataset, asked, expected):
-    """Each data set, image size and --small has its own network, which can be built; options given go over the preset's."""
+    """Each data set, image size and --small has its own network, which can be built; options given take precedence."""
     c = Config.preset(dataset, **asked)
     assert {name: getattr(c, name) for name in expected} == expected
     with torch.device("meta"):
@@ -1419,7 +1845,7 @@ def test_presets(dataset, asked, expected):
 
 
 def test_small_networks(capsys, monkeypatch):
-    """--small changes the preset of a run, which remembers it; a later command that says otherwise is refused by name."""
+    """--small changes the preset of a run, which remembers it; a later command that says otherwise is refused."""
     monkeypatch.setattr(diffusevae, "load_split", lambda c, split: torch.zeros(60, 3, 8, 8, dtype=torch.uint8))
     words = {"on": ("--small",), "off": ("--no-small", "--attention", "none")}
     for run, other in (("on", "off"), ("off", "on")):
@@ -1430,13 +1856,14 @@ def test_small_networks(capsys, monkeypatch):
         assert (c.small, c.predict, c.schedule) == ((True, "v", "cosine") if run == "on" else (False, "eps", "linear"))
         capsys.readouterr()
         message = refusal(capsys, command("--run-dir", run, words[other][0], ddpm_steps=9))
-        assert f"{run} has --small {c.small}, not {not c.small}: " in message and files(run)["model.pt"] == before["model.pt"]
-    assert command("--dataset", "cifar10", "--small", ddpm_steps=2) == 0    # its own folder: the large one is still to be trained
+        assert f"{run} has --small {c.small}, not {not c.small}; " in message
+        assert files(run)["model.pt"] == before["model.pt"]
+    assert command("--dataset", "cifar10", "--small", ddpm_steps=2) == 0    # in a folder of its own
     assert [path.name for path in Path("runs").iterdir()] == ["cifar10-small"]
 
 
 def test_each_folder_has_a_run_of_its_own(monkeypatch):
-    """Without --run-dir a second --data-dir trains a model of its own: it neither samples from the first one's nor goes on with it."""
+    """Without --run-dir a second --data-dir trains a model of its own, apart from the first one's."""
     monkeypatch.setattr(diffusevae, "load_split", lambda c, split: torch.zeros(60, 3, 8, 8, dtype=torch.uint8))
     for folder in ("photos/cats", "dogs/", "photos/cats"):
         assert command("--dataset", "folder", "--data-dir", folder, "--attention", "none", ddpm_steps=2) == 0
@@ -1444,33 +1871,33 @@ def test_each_folder_has_a_run_of_its_own(monkeypatch):
 
 
 def test_a_slow_machine_is_told(capsys, monkeypatch):
-    """A CPU is told the hours of a large U-Net: three times a loss of 8 images, for the steps left; --small is not."""
-    clock = itertools.count(0, 4)    # between two looks at it, before and after that loss, are four seconds
-    monkeypatch.setattr(diffusevae, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(diffusevae, "train", lambda model, stage, images: ())
-    monkeypatch.setattr(diffusevae, "load_split", lambda c, split: torch.zeros(8, c.channels, 8, 8, dtype=torch.uint8))
-    for dataset, steps, done, small, told in (("cifar10", 7800, 0, False, ["13"]), ("folder", 24_000, 18_000, False, ["10"]),
-                                              ("cifar10", 500, 0, False, []), ("cifar10", 7800, 0, True, []), ("mnist", 7800, 0, False, [])):
-        c = Config.preset(dataset, **{**TINY, "attention": (), "formulation": "none", "ddpm_steps": steps, "small": small})
-        model = DiffuseVAE(c)
-        model.state["steps"]["ddpm"] = done
+    """On a CPU cifar10 and folder say that their networks are sized for a GPU; --small and small data sets do not."""
+    monkeypatch.setattr(diffusevae, "load_split", lambda c, split: torch.zeros(60, c.channels, 8, 8, dtype=torch.uint8))
+    for i, (dataset, small, told) in enumerate((("cifar10", False, 1), ("folder", False, 1), ("cifar10", True, 0),
+                                                ("folder", True, 0), ("mnist", False, 0), ("shapes", False, 0))):
+        c = Config.preset(dataset, **{**TINY, "attention": (), "formulation": "none", "ddpm_steps": 1, "small": small,
+                                      "run_dir": f"r{i}"})
         capsys.readouterr()
-        diffusevae.train_stages(model)
-        assert re.findall(r"will take some (\d+) hours on this CPU; --small", capsys.readouterr().out) == told    # 12 s / 8 a step
+        diffusevae.train(DiffuseVAE(c), new_state())
+        lines = [line for line in capsys.readouterr().out.splitlines() if "sized for a GPU" in line]
+        assert len(lines) == told and all("CPU" in line and "--small" in line for line in lines), (dataset, small)
 
 
 def test_random_command_lines(capsys, monkeypatch):
-    """Options drawn at random, accepted and refused values: done, or one sentence; weights finite, nothing half-written."""
+    """Options drawn at random, good and bad: done, or one sentence; weights finite, nothing half-written."""
     rng = np.random.default_rng(5)
-    values = dict(image_size="8 12 16 7 x", z_dim="1 3 0", unet_mults="1 1,2 2,3 0 1,,2", res_blocks="1 2 0", attention="none 8 4 3 auto",
-                  heads="1 2 3 0", dropout="0 0.9 1", timesteps="2 5 40 1", schedule="linear cosine sine", predict="eps v x",
-                  formulation="1 2 none 3", vae_batch="1 9 0", lr="1e-9 1 1000 0 nan", vae_lr="1e-9 1000 -1", ema="0 0.999 1", seed="0 4294967295 -1",
+    values = dict(image_size="8 12 16 7 x", z_dim="1 3 0", unet_mults="1 1,2 2,3 0 1,,2", res_blocks="1 2 0",
+                  attention="none 8 4 3 auto", formulation="1 2 none 3", vae_batch="1 9 0",
+                  heads="1 2 3 0", dropout="0 0.9 1", timesteps="2 5 40 1", schedule="linear cosine geometric sine",
+                  predict="eps v x", lr="1e-9 1 1000 0 nan", vae_lr="1e-9 1000 -1", ema="0 0.999 1",
+                  seed="0 4294967295 -1",
                   warmup="0 1000000 -1", grad_clip="0 1e-3 -1", precision="auto fp32 bf16 fp16", steps="1 2 40 0",
-                  eta="0 0.5 1 2", spacing="uniform quad trailing log", prior="normal gmm flat",
+                  eta="0 0.5 1 2", spacing="uniform quad trailing log", variance="small large huge",
+                  prior="normal gmm flat",
                   gmm_components="1 5 0", num_samples="1 5 0", sample_batch="1 65536 0", stage="all vae ddpm fit",
                   save_every="1 1000 0", log_every="1 1000 0", kl_weight="0 1 -1")
     codes, undrawn = collections.Counter(), types.SimpleNamespace(savefig=lambda *args, **options: None)
-    monkeypatch.setattr(diffusevae, "draw_grids", lambda *args: undrawn)    # takes most of the time, and is tested elsewhere
+    monkeypatch.setattr(diffusevae, "draw_grids", lambda *args: undrawn)    # slow, and tested elsewhere
     for i in range(60):
         given = {k: rng.choice(values[k].split()) for k in rng.choice(list(values), 4, replace=False)}
         flags = rng.choice(["--z-cond", "--no-hflip", "--save-images", "--hflip", "--small"], 2, replace=False)
@@ -1493,9 +1920,12 @@ def test_random_command_lines(capsys, monkeypatch):
 
 @pytest.mark.parametrize("names, use", (
     ("VAE", "VAE(8, 3, 4, 4).loss(torch.zeros(2, 3, 8, 8))[0]"),
-    ("UNet Block Attention zeroed group_norm", "UNet(8, 3, 3, 8, (1, 2), 1, heads=1)(x, torch.zeros(2), x)"),
-    ("GaussianDiffusion timesteps_for randn", "GaussianDiffusion().sample(lambda x, t: x, x, 3, eta=1.0)"),
-    ("GaussianMixture k_means randn", "GaussianMixture(2).fit(torch.randn(50, 3)).sample(5)"),
+    ("UNet ResBlock Attention zero_module group_norm timestep_embedding",
+     "UNet(8, 3, 3, 8, (1, 2), 1, heads=1)(x, torch.zeros(2), x)"),
+    ("GaussianDiffusion timesteps_for randn extract discretized_log_prob",
+     "GaussianDiffusion(20).sample(lambda x, t: x, x, 3, eta=1.0)"
+     " + GaussianDiffusion(20).bits_per_dim(lambda x, t: x, x)['total'].mean()"),
+    ("GaussianMixture k_means randn", "GaussianMixture(2, 3).fit(torch.randn(50, 3)).sample(5)"),
 ))
 def test_pieces_work_pasted_alone(names, use):
     """A class and its small helpers run in an empty file that imports torch."""
@@ -1507,15 +1937,17 @@ def test_pieces_work_pasted_alone(names, use):
 
 
 def test_part_one_needs_torch_alone():
-    """The first part, run as a file of its own, defines the model; a DiffuseVAE is built from any object with options."""
+    """The first part, run as a file of its own, defines the model; any object with its options builds a DiffuseVAE."""
     source = Path(diffusevae.__file__).read_text().split("# Part two")[0]
     space = dict(__name__="part_one")
     exec(compile(source.rsplit("# ====", 1)[0], "part_one", "exec"), space)
-    assert {name for name in ("VAE", "UNet", "GaussianDiffusion", "GaussianMixture", "DiffuseVAE") if name in space}
+    names = {"VAE", "UNet", "GaussianDiffusion", "GaussianMixture", "DiffuseVAE", "randn", "generators"}
+    assert names <= space.keys()
     x = torch.zeros(2, 3, 8, 8)
     model = space["DiffuseVAE"](tiny())
     assert model.loss(x).isfinite() and model.sample(2, prior="normal").shape == x.shape
-    assert "argparse" not in space and "np" not in space
+    assert model.sample(2, space["generators"](0, "sample", [3, 4]), prior="normal").shape == x.shape
+    assert not {"argparse", "np", "Config", "train"} & space.keys()
 
 
 def test_notebook(tmp_path, monkeypatch):
