@@ -10,16 +10,17 @@
     python diffusevae.py --stage sample --num-samples 1000 --steps 10 --save-images
 
 Based on "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation from Low-Dimensional
-Latents" (Pandey et al., arXiv 2201.00308). Part one is the paper, part two a program around it.
+Latents" (Pandey et al., arXiv 2201.00308). Part one implements it; part two makes it a program.
 
-    Part one, the model                                  Part two, the program
-    1 VAE         image -> code -> blurry image          6 Config    options and presets
-    2 Diffusion   noising, DDPM, DDIM, the bound         7 Data      images as one uint8 tensor
-    3 U-Net       the network that denoises              8 Training  two loops, one checkpoint
-    4 Mixture     the prior the codes are drawn from     9 Pictures  grids and PNG files
-    5 DiffuseVAE  all of them together                  10 Main      the command line
+    Part one, the model                               Part two, the program
+    1 VAE         image -> code -> blurry image       6 Config    options and presets
+    2 Diffusion   noising, DDPM, DDIM, the bound      7 Data      images as one uint8 tensor
+    3 U-Net       the network that denoises           8 Training  two loops, one checkpoint
+    4 Mixture     the prior of the latent codes       9 Pictures  grids, curves, PNG files
+    5 DiffuseVAE  the four parts combined            10 Main      the command line
 
-Images are float tensors [N, C, S, S] in [-1, 1] everywhere; latent codes z are [N, z_dim].
+Models take and return float images [N, C, S, S] in [-1, 1]; datasets stay uint8 in 0..255 until
+they are batched. Latent codes z are [N, z_dim].
 """
 import contextlib, dataclasses, math, zlib
 
@@ -28,26 +29,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ==================================================================================================
-# Part one, the model. It needs PyTorch alone. Sections 1 to 4 can be copied one at a time;
-# section 4 also needs `randn` from section 2.
+# Part one, the model. It needs PyTorch alone (DiffuseVAE.load needs part two). Sections 1 to 4 can
+# be copied one at a time; section 4 also needs `randn` from section 2.
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
 # 1 VAE: image -> latent code -> blurry image
 # --------------------------------------------------------------------------------------------------
 class VAE(nn.Module):
-    """A small convolutional beta-VAE (arXiv 1312.6114; DiffuseVAE, section 3.1).
+    """A small convolutional beta-VAE (arXiv 1312.6114), for images of one size.
 
         q(z|x) = N(mu, diag exp(logvar)),    p(z) = N(0, I),    x_hat = decode(z)
         loss = sum over pixels of ((x - x_hat) / 2)^2 + kl_weight * KL(q(z|x) || p(z))
 
     averaged over the batch. Dividing by 2 gives the error of images in [0, 1], the paper's scale.
-    The resolution is halved while it is even and larger than 4. For 32x32 images and width 64:
+    The resolution is halved while it is even and larger than 4; ValueError if more than 32 is left.
+    For 32x32 images and width 64:
 
         encode    [3, 32, 32] -> [64, 16, 16] -> [128, 8, 8] -> [256, 4, 4] -> mu, logvar
         decode    z -> [256, 4, 4] -> [128, 8, 8] -> [64, 16, 16] -> [64, 32, 32] -> [3, 32, 32]
 
-    There is no normalization: it would remove the brightness and colour that z should encode.
+    There is no normalization: it would remove the brightness and color that z should encode.
     """
 
     def __init__(self, image_size, channels=3, z_dim=512, width=64):
@@ -56,6 +58,9 @@ class VAE(nn.Module):
         while size % 2 == 0 and size > 4:
             size //= 2
             widths.append(width * min(2 ** len(widths), 4))    # 64, 128, 256, 256, ...
+        if size > 32:
+            raise ValueError(f"image_size {image_size} halves to {size}, above the limit of 32; "
+                             "use a multiple of a larger power of 2")
         down, c = [], channels
         for c_out in widths:    # 3 -> 64 -> 128 -> 256 channels
             down += [nn.Conv2d(c, c_out, 4, stride=2, padding=1), nn.SiLU()]
@@ -72,13 +77,13 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, flat), nn.SiLU(),
             nn.Unflatten(1, features), *up, nn.Conv2d(c, channels, 3, padding=1), nn.Tanh())
-        for layer in self.modules():    # with PyTorch's smaller weights some seeds waste latents
+        for layer in self.modules():    # PyTorch's smaller weights leave some latents unused
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(self, x):
         """Images [B, C, S, S] -> mu and logvar of q(z|x), each [B, z_dim]."""
-        mu, logvar = self.encoder(x).to(x.dtype).chunk(2, dim=1)    # bf16 under autocast
+        mu, logvar = self.encoder(x).to(x.dtype).chunk(2, dim=1)    # fp32 again after autocast
         return mu, logvar.clamp(-20, 20)    # exp() of more would swamp the loss
 
     def decode(self, z):
@@ -95,7 +100,7 @@ class VAE(nn.Module):
         """Images [B, C, S, S] -> total loss, squared error and KL, scalars in nats per image.
 
         The squared error is -log p(x|z) up to a constant, for images in [0, 1] and a Gaussian
-        p(x|z) of variance 1/2.
+        p(x|z) of variance v = 1/2, since then error^2 / (2 v) = error^2.
         """
         x_hat, mu, logvar = self(x)
         recon = ((x - x_hat) / 2).square().flatten(1).sum(1).mean()
@@ -110,12 +115,12 @@ class VAE(nn.Module):
 # 2 Diffusion: adding noise and removing it, with any network
 # --------------------------------------------------------------------------------------------------
 def randn(shape, like, generator=None):
-    """Standard normal noise with the dtype and device of `like`.
+    """Standard normal noise of a shape, with the dtype and device of `like`.
 
-    `generator` is None, a torch.Generator, or a list of shape[0] CPU generators. With a list, the
-    noise of an image does not depend on the rest of its batch.
+    `generator` is None, a torch.Generator, or a list of shape[0] CPU generators, one per image.
+    A list makes the noise of an image independent of its batch; ValueError for a wrong length.
     """
-    if isinstance(generator, list):
+    if isinstance(generator, (list, tuple)):
         noise = torch.empty(shape, dtype=like.dtype, device="cpu")
         for row, g in zip(noise, generator, strict=True):
             row.normal_(generator=g)
@@ -125,7 +130,10 @@ def randn(shape, like, generator=None):
     return noise.to(like.device)
 
 def stream(seed, name, index):
-    """The random seed of one training step or one image: the 32 bits a CPU generator uses."""
+    """The random seed of one training step or image: 32 bits, as a CPU generator uses.
+
+    The golden-ratio constant gives neighbouring indices distant seeds.
+    """
     return (zlib.crc32(f"{seed} {name}".encode()) + index * 0x9E3779B1) % 2**32
 
 def generators(seed, name, indices):
@@ -137,7 +145,7 @@ def extract(values, t, shape):
     return values.gather(0, t).reshape(-1, *[1] * (len(shape) - 1))
 
 def discretized_log_prob(x, mean, std):
-    """log P(x) [B, ...] of 256 grey levels x in [-1, 1] under N(mean, std^2), in nats.
+    """log P(x) [B, ...] of 256 gray levels x in [-1, 1] under N(mean, std^2), in nats.
 
     Each level owns a bin of width 2 / 255; the outermost bins are open (2006.11239, equation 13).
     """
@@ -147,19 +155,19 @@ def discretized_log_prob(x, mean, std):
     return p.clamp(min=1e-12).log()
 
 def timesteps_for(timesteps, steps, spacing="quad"):
-    """The `steps` timesteps kept out of 0..T-1, T = `timesteps`: long [steps], increasing.
+    """Choose `steps` of the timesteps 0..T-1, T = `timesteps`: long [steps], increasing.
 
         uniform   i T // n                          "linear" in DDIM (2010.02502, appendix D.2)
-        trailing  (i + 1) T // n - 1                starts at T - 1, where x_T ~ N(0, I) holds
+        trailing  (i + 1) T // n - 1                starts at T - 1, where x_t is pure noise
         quad      max(i, (i + 1)^2 T // n^2 - 1)    so does this; most steps at little noise
 
-    with n = steps and i = 0..n-1. DDIM's quadratic list stops at 0.8 T, where x_T is not yet pure
-    noise. A single step is always [T - 1]. Raises ValueError if n is not in 1..T or the spacing is
-    unknown.
+    with n = steps and i = 0..n-1. DDIM's quadratic spacing stops at 0.8 T, where x_t is not yet
+    pure noise. A single step is always [T - 1]. Raises ValueError if n is not in 1..T or the
+    spacing is unknown.
     """
     T, n = timesteps, steps
     if not 1 <= n <= T:
-        raise ValueError(f"steps must be between 1 and {T} (the timesteps), got {n}")
+        raise ValueError(f"steps must be between 1 and {T}, the number of timesteps; got {n}")
     i = torch.arange(n)
     kept = {"uniform": i * T // n, "trailing": (i + 1) * T // n - 1,
             "quad": torch.maximum(i, (i + 1) ** 2 * T // n**2 - 1)}
@@ -177,12 +185,16 @@ class GaussianDiffusion(nn.Module):
         t               -1         0       1      2    ...     T - 2      T - 1
         a_t              1      0.9999     less and less of the image      4e-5    (linear schedule)
 
+    a_t is alpha-bar in DDPM and alpha in DDIM. The papers count t from 1: their t is our t + 1, and
+    x_T, pure noise, is x_t at our t = T - 1.
+
     `shift` is 0 in DiffuseVAE's formulation 1. In formulation 2 it is x_hat, so that x_t ends as
     noise around x_hat. All arithmetic is done on y_t = x_t - shift. The rule: x_t includes the
     shift for every t >= 0, the clean image never does, and `noise` is always standard normal.
 
-    `model` is any callable (x_t [B, ...], t [B] long in 0..T-1) -> prediction [B, ...], either of
-    eps or of v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512).
+    `network` is any callable (x_t [B, ...], t [B] long in 0..T-1) -> prediction [B, ...], of eps
+    or of v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512). Samplers clip the predicted
+    x_0 to [-1, 1]; pass clip=False for data with another range.
 
     Schedules: linear; geometric, beta_t = beta_start^(1-u) beta_end^u with u from 0 to 1; cosine
     (arXiv 2102.09672, equation 17), which ignores both betas. By default the betas run from 1e-4
@@ -200,13 +212,14 @@ class GaussianDiffusion(nn.Module):
         if beta_end is None:
             largest = 0.05 if schedule == "geometric" else 0.02
             beta_end = min(0.999, largest * 1000 / T)
+        exact = dict(dtype=torch.float64, device="cpu")    # MPS has no float64
         if schedule == "linear":
-            beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+            beta = torch.linspace(beta_start, beta_end, T, **exact)
         elif schedule == "geometric":
-            u = torch.linspace(0, 1, T, dtype=torch.float64)
+            u = torch.linspace(0, 1, T, **exact)
             beta = beta_start ** (1 - u) * beta_end**u
         elif schedule == "cosine":
-            u = torch.arange(T + 1, dtype=torch.float64) / T
+            u = torch.arange(T + 1, **exact) / T
             f = ((u + 0.008) / 1.008 * math.pi / 2).cos().square()
             beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
@@ -216,20 +229,21 @@ class GaussianDiffusion(nn.Module):
         if predict not in ("eps", "v"):
             raise ValueError(f"predict must be eps or v, got {predict!r}")
         self.timesteps, self.predict = T, predict
-        self.alpha_bar = (1 - beta).cumprod(0)    # [T]; float64 on the CPU, since MPS has none
-        signal, sigma = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
+        self.alpha_bar = (1 - beta).cumprod(0)    # [T], always float64 on the CPU
+        signal, std = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         if signal[-1] > 0.1:
-            raise ValueError(f"x_T still contains {signal[-1]:.2f} of the image; use larger betas")
+            raise ValueError(f"{signal[-1]:.2f} of the image is left in x_T (0.1 at most); use "
+                             "larger betas or more timesteps")
         self.register_buffer("sqrt_alpha_bar", signal.float(), persistent=False)
-        self.register_buffer("sqrt_one_minus_alpha_bar", sigma.float(), persistent=False)
+        self.register_buffer("sqrt_one_minus_alpha_bar", std.float(), persistent=False)
 
     def coefficients(self, t, shape):
         """sqrt(a_t), sqrt(1 - a_t): floats for an int t, [B, 1, ...] for a tensor t [B]."""
         if isinstance(t, int):
             a_t = self.alpha_bar_at(t)
             return a_t**0.5, (1 - a_t) ** 0.5
-        signal, sigma = self.sqrt_alpha_bar, self.sqrt_one_minus_alpha_bar
-        return extract(signal, t, shape), extract(sigma, t, shape)
+        signal, std = self.sqrt_alpha_bar, self.sqrt_one_minus_alpha_bar
+        return extract(signal, t, shape), extract(std, t, shape)
 
     def alpha_bar_at(self, t):
         """a_t as a float; 1 for t = -1, the clean image."""
@@ -237,23 +251,40 @@ class GaussianDiffusion(nn.Module):
 
     def q_sample(self, x0, t, noise, shift=0):
         """x_t ~ q(x_t | x_0) [B, ...] from x0, noise [B, ...] and t [B] (2006.11239, eq. 4)."""
-        signal, sigma = self.coefficients(t, x0.shape)
-        return signal * x0 + sigma * noise + shift
+        signal, std = self.coefficients(t, x0.shape)
+        return signal * x0 + std * noise + shift
 
     def target(self, x0, t, noise):
         """What the network should output at q_sample(x0, t, noise): eps or v, [B, ...]."""
         if self.predict == "eps":
             return noise
-        signal, sigma = self.coefficients(t, x0.shape)
-        return signal * noise - sigma * x0
+        signal, std = self.coefficients(t, x0.shape)
+        return signal * noise - std * x0
 
     def predict_x0(self, x_t, t, out, shift=0):
         """x_0 and eps, both [B, ...], from the network's output at x_t; t is [B] or one int."""
-        signal, sigma = self.coefficients(t, x_t.shape)
+        signal, std = self.coefficients(t, x_t.shape)
         y = x_t - shift
         if self.predict == "eps":
-            return (y - sigma * out) / signal, out
-        return signal * y - sigma * out, sigma * y + signal * out
+            return (y - std * out) / signal, out
+        return signal * y - std * out, std * y + signal * out
+
+    def loss(self, network, x0, shift=0):
+        """Mean squared error of the network's prediction for images x0 [B, ...], a scalar.
+
+        t is spread evenly over the batch, which steadies the loss (2107.00630, appendix I.1).
+        """
+        start = torch.rand(1, device=x0.device)
+        u = (start + torch.arange(len(x0), device=x0.device) / len(x0)) % 1
+        t = (u * self.timesteps).long()    # [B]
+        noise = randn(x0.shape, x0)
+        out = network(self.q_sample(x0, t, noise, shift), t)
+        return F.mse_loss(out, self.target(x0, t, noise))
+
+    def posterior_variance(self, t, s):
+        """The variance of q(x_s | x_t, x_0), a float, for ints t > s."""
+        a_t, a_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
+        return (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
 
     def q_posterior(self, x0, x_t, t, s=None, shift=0):
         """q(x_s | x_t, x_0): its mean [B, ...] and variance, a float (2006.11239, eqs. 6 and 7).
@@ -268,91 +299,96 @@ class GaussianDiffusion(nn.Module):
         mean = mean / (1 - a_t)
         if s >= 0:
             mean = mean + shift
-        return mean, beta * (1 - a_s) / (1 - a_t)
+        return mean, self.posterior_variance(t, s)
 
-    def denoise(self, model, x_t, t, shift=0, clip=True):
+    def denoise(self, network, x_t, t, shift=0, clip=True):
         """The network's x_0 and eps at x_t [B, ...], for one int t; `clip` keeps x_0 in [-1, 1]."""
-        out = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        out = network(x_t, torch.full((len(x_t),), t, device=x_t.device))
         x0, eps = self.predict_x0(x_t, t, out, shift)
         if clip:
-            signal, sigma = self.coefficients(t, x_t.shape)
+            signal, std = self.coefficients(t, x_t.shape)
             x0 = x0.clamp(-1, 1)
-            eps = (x_t - shift - signal * x0) / sigma    # consistent with the clipped x_0
+            eps = (x_t - shift - signal * x0) / std    # consistent with the clipped x_0
         return x0, eps
 
     def step_pairs(self, steps, eta=0.0, spacing="quad", variance="small"):
-        """The (t, s) of each sampling step, from noise to image; ValueError for bad options."""
+        """The (t, s) of each sampling step, from noise to image. ValueError for bad options."""
         if variance == "large" and (eta, steps) != (1, self.timesteps):
-            raise ValueError(f"variance large needs eta 1 and all {self.timesteps} steps")
+            raise ValueError(f"--variance large needs --eta 1 and --steps {self.timesteps}, got "
+                             f"{eta} and {steps}")
         kept = [-1, *timesteps_for(self.timesteps, steps, spacing).tolist()]
-        return list(zip(kept[1:], kept))[::-1]    # (999, 809), (809, 639), ..., (9, -1)
+        return list(zip(kept[1:], kept))[::-1]    # 10 quad: (999, 809), ..., (9, -1)
 
     @torch.no_grad()
-    def trajectory(self, model, noise, steps, eta=0.0, spacing="quad", shift=0, clip=True,
+    def trajectory(self, network, noise, steps, eta=0.0, spacing="quad", shift=0, clip=True,
                    variance="small", generator=None):
-        """Denoise step by step from noise [B, ...]; yields s, x_s and the predicted x_0.
+        """Yield s, x_s and the predicted x_0 after each sampling step, from noise [B, ...].
 
             y_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) eps + sigma * fresh noise
             sigma = eta sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s)    (2010.02502, eqs. 12, 16)
 
-        eta = 0 is DDIM, eta = 1 ancestral sampling (DDPM) with the posterior variance. With
-        `variance` "large" the fresh noise has variance beta_t instead, which needs eta = 1 and all
-        T steps. The last step adds no noise. Raises ValueError as `timesteps_for` does.
+            eta 0                       DDIM: deterministic, any number of steps
+            eta 1                       DDPM (ancestral sampling) with the posterior variance
+            eta 1, variance "large"     DDPM with fresh noise of variance beta_t; needs all T steps
+
+        The last step adds no noise. Raises ValueError as `step_pairs` does.
         """
         x = noise + shift
         for t, s in self.step_pairs(steps, eta, spacing, variance):
             a_t, a_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
-            beta = 1 - a_t / a_s
-            x0, eps = self.denoise(model, x, t, shift, clip)
-            sigma = eta * ((1 - a_s) / (1 - a_t) * beta) ** 0.5
-            x = a_s**0.5 * x0 + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps
-            if s >= 0:
+            x0, eps = self.denoise(network, x, t, shift, clip)
+            sigma = eta * self.posterior_variance(t, s) ** 0.5
+            x = a_s**0.5 * x0 + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps    # max: rounding
+            if s >= 0:    # the clean image has no shift and no noise
                 x = x + shift
             if s >= 0 and eta > 0:
-                std = beta**0.5 if variance == "large" else sigma
-                x = x + std * randn(x.shape, x, generator)
+                if variance == "large":
+                    sigma = (1 - a_t / a_s) ** 0.5
+                x = x + sigma * randn(x.shape, x, generator)
             yield s, x, x0
 
-    def sample(self, model, noise, steps, eta=0.0, **options):
+    def sample(self, network, noise, steps, eta=0.0, **options):
         """Noise [B, ...] -> clean x_0 [B, ...], the end of `trajectory`, with the same options."""
-        for _, x, _ in self.trajectory(model, noise, steps, eta, **options):
+        for _, x, _ in self.trajectory(network, noise, steps, eta, **options):
             pass
         return x
 
     @torch.no_grad()
-    def invert(self, model, x0, steps, spacing="quad", shift=0, clip=True, iterations=5):
-        """Find the noise [B, ...] from which DDIM, with the same options, returns x0 [B, ...].
+    def invert(self, network, x0, steps, spacing="quad", shift=0, clip=True, iterations=5):
+        """Find noise [B, ...] that DDIM, with the same options, maps back to x0 [B, ...].
 
-        A DDIM step backwards is implicit: y_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps is known, but
-        x_0 and eps come from the network at the unknown y_t. So guess y_t, take from the network
-        only the one of x_0 and eps that depends on y_t less, solve for the other, and repeat.
-        It calls the network steps * iterations times. With fewer steps it takes more iterations.
+        Reversing a DDIM step is implicit: y_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps is known, but
+        the network predicts x_0 and eps from the unknown y_t. Start with y_t = y_s. In each
+        iteration, keep the prediction that is less sensitive to y_t, solve for the other, and
+        update y_t. This calls the network steps * iterations times; use more iterations with
+        fewer steps. Raises ValueError as `step_pairs` does.
         """
         y = x0
         for t, s in reversed(self.step_pairs(steps, spacing=spacing)):
             y_s = y
-            signal_t, sigma_t = self.coefficients(t, y.shape)
-            signal_s, sigma_s = self.coefficients(s, y.shape)    # 1 and 0 for s = -1
+            signal_t, std_t = self.coefficients(t, y.shape)
+            signal_s, std_s = self.coefficients(s, y.shape)    # 1 and 0 for s = -1
             for _ in range(iterations):
-                pred_x0, eps = self.denoise(model, y + shift, t, shift, clip)
-                if signal_t > sigma_t or s < 0:    # more signal than noise: eps depends on y_t less
-                    pred_x0 = (y_s - sigma_s * eps) / signal_s
+                pred_x0, eps = self.denoise(network, y + shift, t, shift, clip)
+                if signal_t > std_t or s < 0:    # more signal than noise: eps is less sensitive
+                    pred_x0 = (y_s - std_s * eps) / signal_s
                 else:
-                    eps = (y_s - signal_s * pred_x0) / sigma_s
-                y = signal_t * pred_x0 + sigma_t * eps
+                    eps = (y_s - signal_s * pred_x0) / std_s
+                y = signal_t * pred_x0 + std_t * eps
         return y
 
     @torch.no_grad()
-    def bits_per_dim(self, model, x0, shift=0, generator=None):
-        """The variational bound on -log2 p(x_0) per dimension (2006.11239, section 3.3).
+    def bits_per_dim(self, network, x0, shift=0, generator=None):
+        """The variational bound on -log2 p(x_0) per dimension (2006.11239, eqs. 5 and 13).
 
             L_T = KL(q(x_T|x_0) || p(x_T))
             L_t = sum over t >= 1 of KL(q(x_s|x_t, x_0) || p(x_s|x_t)),  s = t - 1
-            L_0 = -log p(x_0|x_t) of 256 grey levels, at t = 0
+            L_0 = -log p(x_0|x_t) of 256 gray levels, at t = 0
 
-        p is the posterior q with the clipped predicted x_0 in place of x_0; at t = 0 it has the
-        variance of t = 1. One x_t is drawn for each t. Images x0 [B, ...] -> dictionary of L_T,
-        L_t, L_0 and `total`, each [B] in bits per dimension.
+        p(x_s|x_t) is q with the predicted x_0, clipped, in place of x_0; at t = 0 it has the
+        variance of t = 1. One x_t is sampled for each t, so this calls the network T times. Takes
+        images x0 [B, ...]; returns a dictionary of L_T, L_t, L_0 and `total`, each [B], in bits
+        per dimension.
         """
         def bits(nats):    # [B, ...] -> [B]
             return nats.flatten(1).mean(1) / math.log(2)
@@ -363,20 +399,22 @@ class GaussianDiffusion(nn.Module):
         for t in reversed(range(self.timesteps)):
             timestep = torch.full((len(x0),), t, device=x0.device)
             x_t = self.q_sample(x0, timestep, randn(x0.shape, x0, generator), shift)
-            pred_x0, _ = self.denoise(model, x_t, t, shift)
+            pred_x0, _ = self.denoise(network, x_t, t, shift)
             if t > 0:    # two Gaussians of the same variance
                 mean, variance = self.q_posterior(x0, x_t, t, shift=shift)
                 pred_mean, _ = self.q_posterior(pred_x0, x_t, t, shift=shift)
                 L_t = L_t + bits((mean - pred_mean).square() / (2 * variance))
-        _, variance = self.q_posterior(x0, x_t, 1)
-        L_0 = bits(-discretized_log_prob(x0, pred_x0, variance**0.5))
+        std = self.posterior_variance(1, 0) ** 0.5
+        L_0 = bits(-discretized_log_prob(x0, pred_x0, std))
         return {"L_T": L_T, "L_t": L_t, "L_0": L_0, "total": L_T + L_t + L_0}
 
 # --------------------------------------------------------------------------------------------------
 # 3 U-Net: the network that denoises
 # --------------------------------------------------------------------------------------------------
 class UNet(nn.Module):
-    """DDPM's U-Net (arXiv 2006.11239, appendix B), with x_hat beside x_t as further input channels.
+    """DDPM's U-Net (arXiv 2006.11239, appendix B), with x_hat as further input channels.
+
+    As in arXiv 2102.09672, blocks are scaled and shifted by the embedding and attention has heads.
 
     For 32x32 images, width 128, mults (1, 2, 2, 2), two residual blocks and attention at 16:
 
@@ -398,8 +436,11 @@ class UNet(nn.Module):
         super().__init__()
         sizes = [image_size // 2**i for i in range(len(mults))]    # 32, 16, 8, 4
         factor = 2 ** (len(mults) - 1)
-        if not mults or image_size % factor:
-            raise ValueError(f"image_size {image_size} must be divisible by {factor} (unet_mults)")
+        if not mults:
+            raise ValueError("unet_mults is empty; give one multiplier per resolution")
+        if image_size % factor:
+            raise ValueError(f"image_size {image_size} must be divisible by {factor}, since "
+                             f"unet_mults has {len(mults)} entries")
         for size in set(attention) - set(sizes):
             raise ValueError(f"no {size}x{size} feature maps for attention; choose from {sizes}")
         self.width, self.cond_channels = width, cond_channels
@@ -433,12 +474,12 @@ class UNet(nn.Module):
                 c = mult * width
             self.up.append(nn.ModuleList([upsample, blocks]))
         last = zero_module(nn.Conv2d(c, channels, 3, padding=1))
-        self.last = nn.Sequential(group_norm(c), nn.SiLU(), last)
+        self.last = nn.Sequential(GroupNorm(c), nn.SiLU(), last)
 
     def forward(self, x_t, t, x_hat=None, z=None):
         """x_t [B, C, S, S], t [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> like x_t."""
-        if (x_hat is None) != (self.cond_channels == 0):
-            raise ValueError(f"x_hat must have {self.cond_channels} channels (None for 0)")
+        if (x_hat is None) != (self.cond_channels == 0) or (z is None) != (self.embed_z is None):
+            raise ValueError("x_hat is required if cond_channels > 0, else None; z if z_dim > 0")
         emb = self.embed_t(timestep_embedding(t, self.width).to(x_t.dtype))
         if self.embed_z is not None:
             emb = emb + self.embed_z(z)
@@ -448,7 +489,7 @@ class UNet(nn.Module):
         h = self.first(x_t)    # [B, width, S, S]
         skips = []
         for downsample, blocks in self.down:
-            h = downsample(h)    # [B, c, S, S] -> [B, c, S / 2, S / 2], but for the first
+            h = downsample(h)    # [B, c, S, S] -> [B, c, S / 2, S / 2], except at the first level
             skips.append(h)
             for block in blocks:
                 h = block(h, emb)
@@ -456,19 +497,22 @@ class UNet(nn.Module):
         for block in self.middle:
             h = block(h, emb)
         for upsample, blocks in self.up:
-            h = upsample(h)    # [B, c, S / 2, S / 2] -> [B, c, S, S], but for the first
+            h = upsample(h)    # [B, c, S / 2, S / 2] -> [B, c, S, S], except at the first level
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.last(h).to(x_t.dtype)    # bf16 under autocast
+        return self.last(h).to(x_t.dtype)    # fp32 again after autocast
 
 class ResBlock(nn.Module):
-    """A residual block scaled and shifted by the embedding, followed by attention if heads > 0."""
+    """A residual block modulated by the embedding, followed by attention if heads > 0.
+
+    x [B, c_in, H, W], emb [B, emb] -> [B, c_out, H, W].
+    """
 
     def __init__(self, c_in, c_out, emb, dropout, heads=0):
         super().__init__()
         conv = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.first = nn.Sequential(group_norm(c_in), nn.SiLU(), conv)
-        self.norm, self.scale_shift = group_norm(c_out), nn.Linear(emb, 2 * c_out)
+        self.first = nn.Sequential(GroupNorm(c_in), nn.SiLU(), conv)
+        self.norm, self.scale_shift = GroupNorm(c_out), nn.Linear(emb, 2 * c_out)
         last = zero_module(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), last)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -480,13 +524,13 @@ class ResBlock(nn.Module):
         return self.attention(self.skip(x) + self.second(h))
 
 class Attention(nn.Module):
-    """Self-attention among the positions of a feature map, with a residual connection."""
+    """Self-attention among the positions of a feature map [B, C, H, W], with a residual."""
 
     def __init__(self, channels, heads):
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads must divide the {channels} channels that attend, got {heads}")
-        self.heads, self.norm = heads, group_norm(channels)
+        self.heads, self.norm = heads, GroupNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
 
@@ -505,9 +549,21 @@ def timestep_embedding(t, dim):
     waves = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(waves, (0, dim % 2))
 
-def group_norm(channels):
-    """GroupNorm with as many groups as possible up to 32: a power of two, of 4 channels or more."""
-    return nn.GroupNorm(max(1, math.gcd(channels, 128) // 4), channels)
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with groups of 4 or more channels: 32 groups for 128 channels, 4 for 48, 1 for 6.
+
+    It keeps the dtype of its input. Autocast on CUDA would use fp32 and lose channels_last.
+    """
+
+    def __init__(self, channels):
+        super().__init__(max(1, math.gcd(channels, 128) // 4), channels)
+
+    def forward(self, x):
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 def zero_module(module):
     """Zero all parameters, so that the residual branch that ends in `module` starts as nothing."""
@@ -520,33 +576,32 @@ def zero_module(module):
 # --------------------------------------------------------------------------------------------------
 def k_means(z, k, generator=None):
     """Points z [N, D] -> one-hot clusters [N, k], by greedy k-means++ and 20 iterations."""
-    centres = z[:0]    # [number found so far, D]
-    gap = torch.full_like(z[:, 0], 1e30)    # squared distance to the nearest centre, [N]
-    for _ in range(k):    # try ten points drawn with probability ~ gap; keep the best
-        drawn = torch.multinomial(gap.cpu() + 1e-12, 10, replacement=True, generator=generator)
-        candidates = z[drawn.to(z.device)]    # [10, D]
+    centers = z[:0]    # [number found so far, D]
+    gap = torch.full_like(z[:, 0], 1e30)    # squared distance to the nearest center, [N]
+    for _ in range(k):    # sample ten points in proportion to gap; keep the best
+        chosen = torch.multinomial(gap.cpu() + 1e-12, 10, replacement=True, generator=generator)
+        candidates = z[chosen.to(z.device)]    # [10, D]
         gaps = torch.minimum(gap, torch.cdist(candidates, z).square())    # [10, N]
         best = gaps.sum(1).argmin()
         gap = gaps[best]
-        centres = torch.cat([centres, candidates[best][None]])
+        centers = torch.cat([centers, candidates[best][None]])
     for _ in range(20):
-        nearest = torch.cdist(z, centres).argmin(1)
+        nearest = torch.cdist(z, centers).argmin(1)
         assignment = F.one_hot(nearest, k).to(z)    # [N, k]
         count = assignment.sum(0)[:, None]
-        centres = torch.where(count > 0, assignment.T @ z / count, centres)
+        centers = torch.where(count > 0, assignment.T @ z / count, centers)
     return assignment
 
 class GaussianMixture(nn.Module):
     """Gaussians with full covariance, fitted by EM: ex-post density estimation (arXiv 1903.12436).
 
-    The codes of real images do not fill N(0, I) evenly: a sample of N(0, I) may fall where no image
-    is encoded, a sample of the mixture rarely does. Buffers: weights [K], means [K, D], scale_tril
-    [K, D, D] (Cholesky factors of the covariances), and `fitted`.
+    The codes of real images do not fill N(0, I) evenly. Samples from N(0, I) may fall where no
+    image is encoded; samples from the mixture rarely do. Buffers: weights [K], means [K, D],
+    scale_tril [K, D, D] (Cholesky factors of the covariances), and `fitted`.
     """
 
     def __init__(self, components, dim):
         super().__init__()
-        self.components = components
         self.register_buffer("fitted", torch.tensor(False))
         self.register_buffer("weights", torch.zeros(components))
         self.register_buffer("means", torch.zeros(components, dim))
@@ -562,15 +617,20 @@ class GaussianMixture(nn.Module):
     def fit(self, z, iterations=100, tolerance=6.25e-5, generator=None):
         """Fit to points z [N, D] by EM, starting from k-means; returns self.
 
-        Stops when an iteration gains less than `tolerance` nats per value of z. `history` is the
-        mean log-likelihood after each iteration. Raises ValueError for fewer points than components
-        and for points that are not finite.
+        Stops when an iteration raises the mean log-likelihood by less than `tolerance` nats per
+        dimension of z. `history` lists the mean log-likelihood, in nats per point, after each
+        iteration. The buffers take the dtype and device of z. Raises ValueError for fewer points
+        than components, a wrong D, and values that are not finite.
         """
-        N, K = len(z), self.components
+        (N, D), (K, dim) = z.shape, self.means.shape
+        if D != dim:
+            raise ValueError(f"z must be [N, {dim}], got [{N}, {D}]")
         if N < K or not z.isfinite().all():
-            raise ValueError(f"{K} gmm_components need at least {K} finite points, got {N}")
+            finite = int(z.isfinite().all(1).sum())
+            raise ValueError(f"{K} gmm_components need at least {K} points, all finite; got {N}, "
+                             f"{finite} of them finite")
         variance = z.var(0, unbiased=False).mean()
-        floor = (1e-6 * variance + 1e-9) * torch.eye(z.shape[1]).to(z)
+        floor = (1e-6 * variance + 1e-9) * torch.eye(D).to(z)
         responsibilities = k_means(z, K, generator)    # p(component | point), [N, K]
         self.history, previous = [], -math.inf
         for _ in range(iterations):
@@ -587,11 +647,11 @@ class GaussianMixture(nn.Module):
             joint = self.joint_log_prob(z)
             likelihood = joint.logsumexp(1).mean().item()
             self.history.append(likelihood)
-            if likelihood < previous + tolerance * z.shape[1]:
+            if likelihood < previous + tolerance * D:
                 break
             previous = likelihood
             responsibilities = joint.softmax(1)
-        self.fitted = torch.tensor(True)
+        self.fitted.fill_(True)
         return self
 
     def joint_log_prob(self, z):
@@ -608,10 +668,15 @@ class GaussianMixture(nn.Module):
         return self.joint_log_prob(z).logsumexp(1)
 
     def sample(self, n, generator=None):
-        """n points [n, D], with components in random order; for `generator` see `randn`."""
+        """Sample n points [n, D]; see `randn` for `generator`.
+
+        Each point depends only on its own row of noise. ValueError if the mixture is not fitted.
+        """
+        if not self.fitted:
+            raise ValueError("the mixture is not fitted; call fit_prior, or use prior='normal'")
         noise = randn((n, 1 + self.means.shape[1]), self.means, generator)
         u = torch.special.ndtr(noise[:, 0])    # uniform in [0, 1]
-        component = torch.searchsorted(self.weights.cumsum(0), u).clamp(max=self.components - 1)
+        component = torch.searchsorted(self.weights.cumsum(0), u).clamp(max=len(self.means) - 1)
         z = self.means[component]
         for i, k in enumerate(component):    # scale_tril[component] may not fit in memory
             z[i] += self.scale_tril[k] @ noise[i, 1:]
@@ -622,26 +687,36 @@ class GaussianMixture(nn.Module):
 # --------------------------------------------------------------------------------------------------
 SAMPLING = ("steps", "eta", "spacing", "variance", "prior", "precision")
 
+def half_precision(precision, device):
+    """The dtype of autocast, or None for fp32; "auto" is bf16 on CUDA, or fp16 on old GPUs."""
+    if precision == "auto" and device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bf16 else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+
 def autocast(precision, device):
-    """The context in which networks run in bf16; "auto" uses it on CUDA devices that have it."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" or precision == "auto" and native:
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    """The context in which networks run in half precision, if they do."""
+    dtype = half_precision(precision, device)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 class DiffuseVAE(nn.Module):
     """VAE, diffusion, U-Net and mixture prior together (DiffuseVAE, section 3).
 
-    Why two stages work: log p(x) >= E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z)), the ELBO of a VAE.
-    Stage 1 trains it with the decoder's Gaussian as p(x|z). Stage 2 replaces p(x|z) by a DDPM that
-    is given x_hat = decode(z); its bound on -log p(x|z) keeps the sum a bound. With the VAE frozen
-    the KL is a constant, so training the DDPM alone tightens the bound.
+        train      vae.loss(x), then loss(x); both differentiate
+        generate   sample(n), decode(z), refine(x_hat)
+        analyse    encode(x), invert(x), bits_per_dim(x)
 
-    `config` is a Config, or any object with its fields. Images are [N, C, S, S] in [-1, 1], codes z
-    [N, z_dim], noise ~ N(0, I) like the images; formulation 2 adds x_hat to the noise by itself.
-    Formulation "none" has no VAE: the plain DDPM. Sampling methods take the options `steps`,
-    `eta`, `spacing`, `variance`, `prior` and `precision` as keywords, for one call, and raise
-    Config's ValueErrors. They compute no gradients; `vae(x)`, `unet(...)` and `loss(x)` do.
+    Why two stages suffice: log p(x) >= E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z)), the ELBO. Stage 1
+    trains the VAE with its decoder's Gaussian as p(x|z). Stage 2 replaces p(x|z) with a DDPM
+    conditioned on x_hat = decode(z). It bounds log p(x|z) from below, so the inequality still
+    holds. With the VAE frozen, the KL is constant, and training the DDPM tightens the bound.
+
+    `config` is a Config, or another dataclass with its fields. Images and noise are [N, C, S, S],
+    images in [-1, 1], codes z [N, z_dim]. Pass standard normal noise: formulation 2 adds x_hat
+    itself. Formulation "none" is a plain DDPM without a VAE. A new model is in eval mode (no
+    dropout). Sampling methods take the options `steps`, `eta`, `spacing`, `variance`, `prior` and
+    `precision` as keywords, for one call, and raise Config's ValueErrors. They compute no
+    gradients.
     """
 
     def __init__(self, config):
@@ -662,37 +737,35 @@ class DiffuseVAE(nn.Module):
     def load(run_dir, device="auto"):
         """The trained model in a run folder; ValueError if there is none or it is damaged."""
         model, _ = load_run(run_dir, trained=True)
-        return model.to(find_device(device), memory_format=torch.channels_last)
+        device = find_device(device)
+        return model.to(device, memory_format=layout(device))
 
     @property
     def device(self):
-        """The device of the parameters."""
+        """Where the parameters are."""
         return next(self.parameters()).device
 
     def loss(self, x, unet=None):
-        """Stage 2: mean squared error of the prediction for images x [B, C, S, S], a scalar.
+        """Stage 2 loss for images x [B, C, S, S], a scalar. `unet` replaces self.unet if given.
 
-        `unet` replaces the model's own. The VAE gets no gradients.
+        The VAE gets no gradients.
         """
         x_hat, z = self.reconstruct(x)
-        offset = torch.rand(1, device=x.device)    # t is spread evenly over the batch, which
-        u = (offset + torch.arange(len(x), device=x.device) / len(x)) % 1    # steadies the loss
-        t = (u * self.config.timesteps).long()    # [B] (arXiv 2107.00630, appendix I.1)
-        noise = randn(x.shape, x)
-        x_t = self.diffusion.q_sample(x, t, noise, self.shift(x_hat))
-        out = self.denoiser(x_hat, z, unet)(x_t, t)
-        return F.mse_loss(out, self.diffusion.target(x, t, noise))
+        return self.diffusion.loss(self.denoiser(x_hat, z, unet), x, self.shift(x_hat))
 
     @torch.no_grad()
     def reconstruct(self, x, generator=None):
-        """Images x -> x_hat = decode(z) and z ~ q(z|x), as in stage 2; None without a VAE."""
+        """Images [N, C, S, S] -> x_hat = decode(z), z ~ q(z|x) [N, z_dim]; None without a VAE."""
         if not self.vae:
             return None, None
-        z = self.encode(x, draw=True, generator=generator)
+        z = self.encode(x, sample=True, generator=generator)
         return self.vae.decode(z), z
 
     def denoiser(self, x_hat=None, z=None, unet=None):
-        """The U-Net (or another network) with x_hat and z filled in: (x_t, t) -> prediction."""
+        """The U-Net, or `unet`, with x_hat and z bound: (x_t, t) -> prediction.
+
+        Raises ValueError if z_cond is set and z is missing.
+        """
         unet = unet or self.unet
         if not (self.config.z_cond and self.vae):
             z = None
@@ -701,11 +774,11 @@ class DiffuseVAE(nn.Module):
         return lambda x_t, t: unet(x_t, t, x_hat, z)
 
     def shift(self, x_hat):
-        """What formulation 2 adds to x_t: x_hat, else 0."""
+        """The shift of x_t: x_hat in formulation 2, otherwise 0."""
         return x_hat if self.config.formulation == "2" else 0
 
     def options(self, given, known=SAMPLING):
-        """The config with the keywords of one call put over it; TypeError for unknown ones."""
+        """self.config, with `given` overriding its values for one call. TypeError for others."""
         for name in set(given) - set(known):
             raise TypeError(f"unknown sampling option {name!r}; choose from {', '.join(known)}")
         return dataclasses.replace(self.config, **given)
@@ -718,37 +791,38 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def sample_prior(self, n, generator=None, **options):
-        """n codes [n, z_dim] from the prior, the mixture or N(0, I). ValueError without a VAE."""
+        """Sample n codes [n, z_dim] from the prior, the mixture or N(0, I)."""
         self.require_vae()
         c, like = self.options(options), next(self.parameters())
         if c.prior == "normal":
             return randn((n, c.z_dim), like, generator)
-        if not self.mixture.fitted:
-            raise ValueError("the prior is not fitted yet; call fit_prior or use prior='normal'")
         return self.mixture.sample(n, generator).to(like)
 
     @torch.no_grad()
-    def encode(self, x, draw=False, generator=None):
-        """Images -> codes [N, z_dim]: the means of q(z|x), or samples of it with `draw`."""
+    def encode(self, x, sample=False, generator=None):
+        """Images [N, C, S, S] -> codes [N, z_dim]: means of q(z|x), or samples if `sample`."""
         self.require_vae()
         mu, logvar = self.vae.encode(x)
-        if not draw:
+        if not sample:
             return mu
         return mu + (0.5 * logvar).exp() * randn(mu.shape, mu, generator)
 
     @torch.no_grad()
     def decode(self, z, noise=None, generator=None, **options):
-        """Codes z [N, z_dim] -> images: the VAE generates x_hat, the DDPM refines it."""
+        """Codes z [N, z_dim] -> images [N, C, S, S]: the VAE decodes, the DDPM refines."""
         self.require_vae()
         return self.refine(self.vae.decode(z), noise, z, generator, **options)
 
     @torch.no_grad()
     def refine(self, x_hat, noise=None, z=None, generator=None, **options):
-        """Blurry images x_hat, from the VAE or elsewhere -> refined images.
+        """Refine blurry images x_hat [N, C, S, S], from the VAE or elsewhere -> [N, C, S, S].
 
-        `noise` is sampled if not given; z is needed with z_cond. Without a VAE, x_hat is None.
+        `noise` is sampled if not given. z is required with z_cond. Without a VAE, pass `noise` and
+        x_hat=None.
         """
         c = self.options(options)
+        if noise is None and x_hat is None:
+            raise ValueError("without x_hat, pass noise, for example model.noise(n)")
         if noise is None:
             noise = self.noise(len(x_hat), generator)
         with autocast(c.precision, noise.device):
@@ -757,12 +831,12 @@ class DiffuseVAE(nn.Module):
                 shift=self.shift(x_hat), variance=c.variance, generator=generator)
 
     def sample(self, n, generator=None, **options):
-        """n new images from the prior."""
+        """Sample n images [n, C, S, S] from the prior, as one batch."""
         return self.sample_both(n, generator, **options)[1]
 
     @torch.no_grad()
     def sample_both(self, n, generator=None, **options):
-        """x_hat (None without a VAE) and the refined images, for n codes from the prior."""
+        """Like `sample`, but return x_hat (None without a VAE) and the refined images."""
         z = x_hat = None
         if self.vae:
             z = self.sample_prior(n, generator, **options)
@@ -784,7 +858,10 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def bits_per_dim(self, x, generator=None):
-        """GaussianDiffusion.bits_per_dim for one z ~ q(z|x) per image, plus KL(q(z|x) || p(z))."""
+        """Images [N, C, S, S] -> the terms of GaussianDiffusion.bits_per_dim, plus the VAE's "KL".
+
+        Uses one z ~ q(z|x) per image. Each value is [N], in bits per dimension.
+        """
         x_hat, z = self.reconstruct(x, generator)
         model = self.denoiser(x_hat, z)
         terms = self.diffusion.bits_per_dim(model, x, self.shift(x_hat), generator)
@@ -794,14 +871,14 @@ class DiffuseVAE(nn.Module):
         return {"KL": kl, **terms, "total": kl + terms["total"]}
 
     def require_vae(self):
-        """Raise ValueError if there is no VAE."""
+        """Raise ValueError for formulation none."""
         if not self.vae:
-            raise ValueError("formulation none has no VAE and no latent codes")
+            raise ValueError("formulation none has no VAE and no codes; use sample(n)")
 
 # ==================================================================================================
 # Part two, the program: options, data, training, pictures, the command line
 # ==================================================================================================
-import argparse, copy, csv, json, shutil, sys, time, zipfile
+import argparse, copy, csv, functools, json, os, sys, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -811,24 +888,25 @@ import numpy as np
 # 6 Config: every option with its default, its help text and the values it accepts
 # --------------------------------------------------------------------------------------------------
 def option(group, default, help, choices=None, range=(1, 10**9)):
-    """A field of Config: its words, or the smallest and largest number allowed."""
+    """A field of Config: its choices, or the smallest and the largest number allowed."""
     metadata = dict(group=group, help=help, choices=choices, range=range)
     return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass
 class Config:
-    """All options of a run. `Config.preset("cifar10", lr=1e-4)` starts from a data set's defaults.
+    """All options of a run. `Config.preset("cifar10", lr=1e-4)` starts from a dataset's defaults.
 
-    Raises ValueError, naming the option and what it accepts, for a value that cannot work.
+    Raises ValueError for a value outside its choices or range. Conflicts between options surface
+    when the model is built.
     """
     # what to do and where: per command, not saved
-    stage: str = option("run", "all", "all: train and sample; ddpm: train both stages, no samples",
+    stage: str = option("run", "all", "vae: train the VAE; ddpm: train both; all: ddpm and sample",
                         choices=("all", "vae", "ddpm", "sample"))
     run_dir: str = option("run", "", "folder of the checkpoint, the log and the pictures")
-    device: str = option("run", "auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    precision: str = option("run", "auto", "auto: bf16 on CUDA devices that support it",
-                            choices=("auto", "fp32", "bf16"))
-    compile: str = option("run", "auto", "use torch.compile; auto: on CUDA",
+    device: str = option("run", "auto", "auto, cuda, cuda:1, mps or cpu")
+    precision: str = option("run", "auto", "auto: bf16 (old GPUs: fp16) on CUDA, else fp32",
+                            choices=("auto", "fp32", "bf16", "fp16"))
+    compile: str = option("run", "auto", "use torch.compile; auto: on CUDA, for unet_width >= 64",
                           choices=("auto", "on", "off"))
 
     # the model: fixed for the lifetime of a run
@@ -836,6 +914,7 @@ class Config:
                           choices=("shapes", "mnist", "fashion_mnist", "cifar10", "folder"))
     small: bool = option("model", False, "cifar10, folder: use networks sized for a CPU")
     image_size: int = option("model", 32, "height and width of the images", range=(8, 1024))
+    channels: int = option("model", 3, "3: color; 1: gray, for mnist and folder", choices=(1, 3))
     formulation: str = option("model", "1", "1: x_T ~ N(0, I); 2: x_T ~ N(x_hat, I); none: no VAE",
                               choices=("1", "2", "none"))
     z_dim: int = option("model", 512, "size of the latent code")
@@ -843,19 +922,19 @@ class Config:
     kl_weight: float = option("model", 1.0, "weight of the KL term in the VAE loss", range=(0, 1e6))
     z_cond: bool = option("model", False, "condition the U-Net on z as well as on x_hat")
     unet_width: int = option("model", 128, "base channels of the U-Net", range=(2, 4096))
-    unet_mults: tuple = option("model", (1, 2, 2, 2), "channel multipliers, one per resolution")
+    unet_mults: tuple = option("model", (1, 2, 2, 2), "width multiplier per resolution, e.g. 1,2,2")
     res_blocks: int = option("model", 2, "residual blocks per resolution")
-    attention: tuple = option("model", (16,), "resolutions with self-attention, or none")
-    heads: int = option("model", 8, "attention heads")
+    attention: tuple = option("model", (16,), "resolutions that attend, besides the middle")
+    heads: int = option("model", 8, "attention heads; 0: no attention", range=(0, 10**9))
     dropout: float = option("model", 0.1, "dropout in the U-Net", range=(0, 0.9))
-    timesteps: int = option("model", 1000, "T; the betas scale with 1000 / T", range=(2, 100_000))
+    timesteps: int = option("model", 1000, "number of diffusion timesteps, T", range=(2, 100_000))
     schedule: str = option("model", "linear", "how beta grows with t",
                            choices=("linear", "cosine", "geometric"))
     predict: str = option("model", "eps", "what the U-Net predicts (v: arXiv 2202.00512)",
                           choices=("eps", "v"))
 
     # training: saved with a run; a later command may change them
-    data_dir: str = option("training", "data", "folder of the data sets, or of your own images")
+    data_dir: str = option("training", "data", "folder for downloads, or of your own images")
     vae_steps: int = option("training", 100_000, "training steps of the VAE")
     ddpm_steps: int = option("training", 400_000, "training steps of the U-Net")
     vae_batch: int = option("training", 128, "batch size of the VAE")
@@ -864,53 +943,56 @@ class Config:
                            range=(1e-9, 1e3))
     lr: float = option("training", 2e-4, "peak learning rate of the U-Net (cosine decay)",
                        range=(1e-9, 1e3))
-    warmup: int = option("training", 1000, "warm-up steps, at most a tenth of all", range=(0, 10**9))
+    warmup: int = option("training", 1000, "learning rate warm-up, at most a tenth of the steps",
+                        range=(0, 10**9))
     grad_clip: float = option("training", 1.0, "maximum gradient norm of the U-Net; 0: no clipping",
                               range=(0, 10**9))
     ema: float = option("training", 0.9999, "decay of the moving average of the U-Net's weights",
                         range=(0, 0.999999))
     gmm_components: int = option("training", 50, "Gaussians in the mixture prior")
-    hflip: bool = option("training", True, "flip half of the training images left to right")
-    save_every: int = option("training", 1000, "training steps between checkpoints")
+    hflip: bool = option("training", True, "flip half of the training images horizontally")
+    save_every: int = option("training", 1000, "training steps between checkpoints (at log rows)")
     log_every: int = option("training", 100, "training steps between log rows")
-    seed: int = option("training", 0, "of weights, data order, noise and samples",
+    sample_every: int = option("training", -1, "training steps between progress pictures, at log "
+                               "rows; 0: none; -1: up to 14 per stage", range=(-1, 10**9))
+    seed: int = option("training", 0, "random seed of weights, data order, noise and samples",
                        range=(0, 2**32 - 1))
 
     # sampling: per command, not saved
-    num_samples: int = option("sampling", 64, "images to sample; over 64 only with --save-images")
-    sample_batch: int = option("sampling", 250, "images sampled at once; does not change them")
-    steps: int = option("sampling", 50, "sampling steps, out of T")
+    num_samples: int = option("sampling", 64, "images to sample; at most 64 without --save-images")
+    sample_batch: int = option("sampling", 250, "batch size of sampling; does not change images")
+    steps: int = option("sampling", 50, "number of sampling steps, at most --timesteps")
     eta: float = option("sampling", 0.0, "0: DDIM; 1: ancestral sampling (DDPM)", range=(0, 1))
-    spacing: str = option("sampling", "quad", "which timesteps are kept",
+    spacing: str = option("sampling", "quad", "timesteps that are kept; quad: most at little noise",
                           choices=("uniform", "trailing", "quad"))
-    variance: str = option("sampling", "small", "large: noise of variance beta_t, for eta 1, T steps",
+    variance: str = option("sampling", "small", "large: beta_t; needs eta 1 and steps = timesteps",
                            choices=("small", "large"))
-    prior: str = option("sampling", "gmm", "codes from the mixture or from N(0, I)",
+    prior: str = option("sampling", "gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
                         choices=("gmm", "normal"))
-    save_images: bool = option("sampling", False, "save PNGs to samples/ and x_hat to vae_samples/")
+    save_images: bool = option("sampling", False, "also write PNGs to samples/ and vae_samples/")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
-                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, got {value}")
+                words = ", ".join(map(str, choices))
+                raise ValueError(f"{flag(f.name)} must be one of {words}, got {value!r}")
             low, high = f.metadata["range"]
             numbers = value if f.type is tuple else [value] if f.type in (int, float) else []
             if not all(low <= number <= high for number in numbers):
-                raise ValueError(f"{flag(f.name)} must be between {low} and {high}, got {value}")
-        name = self.dataset
-        if name == "folder":
-            name = f"folder-{Path(self.data_dir).resolve().name}"
-        self.run_dir = self.run_dir or f"runs/{name}" + "-small" * self.small
-
-    @property
-    def channels(self):
-        """Colour channels of the images."""
-        return 1 if self.dataset in ("mnist", "fashion_mnist") else 3
+                limits = f"between {low} and {high}" if high < 10**9 else f"at least {low}"
+                raise ValueError(f"{flag(f.name)} must be {limits}, got {value}")
+        if self.dataset == "folder":
+            self.data_dir = str(Path(self.data_dir).expanduser().resolve())
+        name = f"folder-{Path(self.data_dir).name}" if self.dataset == "folder" else self.dataset
+        self.run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
+        self.run_dir = str(Path(self.run_dir).expanduser())
+        if self.dataset == "folder" and Path(self.run_dir).resolve() == Path(self.data_dir):
+            raise ValueError("--run-dir must differ from --data-dir, or it would train on samples")
 
     @classmethod
     def preset(cls, dataset="shapes", **options):
-        """The defaults of a data set, adapted to large images, overridden by `options`."""
+        """The defaults of a dataset, adapted to large images, overridden by `options`."""
         size = options.get("image_size", 32)
         preset = dict(PRESETS.get(dataset, {}))
         if size >= 64:    # the authors' multipliers, batch sizes and learning rates for such images
@@ -932,23 +1014,32 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields if f.metadata["group"] in groups}
 
 # For a CPU: v-prediction, the cosine schedule and high learning rates give clean samples after few
-# training steps. On two cores `shapes` takes minutes, `mnist` ten, `--small` an hour or two.
+# training steps. On two cores, `shapes` trains in minutes, `mnist` in about ten, and `--small` in
+# one to two hours.
 QUICK = dict(kl_weight=0.5, vae_batch=64, vae_lr=2e-3, res_blocks=1, attention=(), heads=1,
              dropout=0.0, predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=500,
              steps=10)
 SMALL = dict(QUICK, z_dim=128, vae_width=32, vae_steps=10_000, unet_width=48, unet_mults=(1, 2, 2),
              heads=4, ddpm_steps=8000, batch_size=32, lr=1e-3, warmup=200, ema=0.999)
-MNIST = dict(QUICK, image_size=28, z_dim=32, vae_width=16, vae_steps=3000, unet_width=24,
-             unet_mults=(1, 2, 2), ddpm_steps=4000, batch_size=16, lr=2e-3, hflip=False)
+MNIST = dict(QUICK, image_size=28, channels=1, z_dim=32, vae_width=16, vae_steps=3000,
+             unet_width=24, unet_mults=(1, 2, 2), ddpm_steps=4000, batch_size=16, lr=2e-3,
+             hflip=False)
 PRESETS = {
     "shapes": dict(QUICK, image_size=16, z_dim=16, vae_width=16, vae_steps=6000, unet_width=32,
                    unet_mults=(1, 2), ddpm_steps=3000, batch_size=16, lr=2e-3, hflip=False,
                    log_every=50),
     "mnist": MNIST,
     "fashion_mnist": MNIST,
-    # For one CUDA GPU: the authors' U-Net, with attention at 16x16 as DDPM has it, dropout 0.1
-    # (theirs is 0.3, for five times as many images), and a smaller VAE.
-    "cifar10": dict(vae_steps=50_000, ddpm_steps=200_000),
+    # For one CUDA GPU: the authors' U-Net, attention at 16x16 as in DDPM, dropout 0.1 (they use 0.3
+    # and see five times as many images), and a smaller VAE.
+    "cifar10": dict(vae_steps=50_000, ddpm_steps=200_000, save_every=5000),
+}
+
+GROUPS = {
+    "run": "What to do and where. Per command, not saved.",
+    "model": "Fixed for the lifetime of a run.",
+    "training": "Saved with a run. A later command may change them.",
+    "sampling": "Per command, not saved.",
 }
 
 def flag(name):
@@ -956,26 +1047,88 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 def report(text, transient=False):
-    """Print a line. On a terminal, the next line overwrites a transient one."""
-    terminal = sys.stdout.isatty()
-    text = "\r\033[K" + text if terminal else text
-    print(text, end="" if terminal and transient else "\n", flush=True)
+    """Print a line. On a terminal or in a notebook, the next line overwrites a transient one."""
+    if sys.stdout.isatty() or "ipykernel" in sys.modules:
+        print("\r" + text.ljust(79), end="" if transient else "\n", flush=True)
+    else:
+        print(text, flush=True)
 
 def find_device(name="auto"):
-    """"auto", "cuda", "mps" or "cpu" -> torch.device. ValueError if it is not available."""
+    """"auto", "cuda", "cuda:1", "mps", "cpu" or a torch.device -> torch.device.
+
+    Raises ValueError if it is not available.
+    """
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"device {name} is not available; use --device auto") from None
 
+def layout(device):
+    """The memory format of images and networks; channels_last fails on MPS in some versions."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+@contextlib.contextmanager
+def lock(path):
+    """Hold a lock file so that no other process writes here. ValueError if locked or unwritable.
+
+    The system releases the lock when the process exits. Windows, which lacks flock, does not lock.
+    """
+    created = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as e:
+        raise ValueError(f"cannot write to --run-dir {path.parent} ({e.strerror})") from None
+    with file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing to {path.parent}; wait for it to end or "
+                             "change --run-dir") from None
+        except (ImportError, OSError):
+            pass
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for folder in created:
+                    folder.rmdir()    # raises, and stays, if anything was written
+
+def write_beside(path, write, done=""):
+    """Write a file atomically: `write` gets a temporary path, which is then renamed.
+
+    Then print `done`, if any. On failure, print a warning and continue.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+        if done:
+            report(f"wrote {path}: {done}")
+    except OSError as e:
+        report(f"could not write {path} ({e.strerror or e}); continuing without it")
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+def out_of_memory(e):
+    """Whether an exception says that memory is short."""
+    words = ("of memory", "allocate memory", "enough memory")
+    return isinstance(e, MemoryError) or any(w in str(e) for w in words)
+
 # --------------------------------------------------------------------------------------------------
-# 7 Data: every data set becomes one uint8 tensor, so that a batch is an index and a scale
+# 7 Data: each dataset is one uint8 tensor; making a batch is indexing and scaling it
 # --------------------------------------------------------------------------------------------------
 def to_float(images):
-    """uint8 [N, C, S, S] in 0..255 -> float32 in [-1, 1]."""
+    """uint8 [N, C, S, S] in 0..255 -> float32 in [-1, 1]. Raises ValueError for other types."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8 in 0..255, got {images.dtype}")
     return images.float() / 127.5 - 1
 
 def to_uint8(x):
@@ -985,9 +1138,8 @@ def to_uint8(x):
 def draw_shapes(n, size, seed):
     """n images of a circle, square or triangle -> uint8 [n, 3, size, size], labels [n] in 0..2.
 
-    Position, size and the two colours are coarse, so a small code can hold them. The sharp outline
-    and the phase of the stripes are fine detail: most trained codes drop it, the VAE averages over
-    it, and the DDPM has to fill it in.
+    A small code can hold position, size and the two colors. It drops most of the fine detail, the
+    sharp outline and the phase of the stripes: the VAE averages over it and the DDPM fills it in.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -1002,7 +1154,7 @@ def draw_shapes(n, size, seed):
 
 def paint_shapes(size, label, x, y, radius, hue, background, phase):
     """The images of `draw_shapes` from labels [n] and factors, each [n, 1, 1]."""
-    def colour(hue):    # [n, 1, 1] -> [n, 3, 1, 1] in [0, 1]
+    def color(hue):    # [n, 1, 1] -> [n, 3, 1, 1] in [0, 1]
         turn = hue[:, None] + torch.arange(3).view(3, 1, 1) / 3
         return 0.5 + 0.5 * (2 * math.pi * turn).cos()
 
@@ -1010,8 +1162,8 @@ def paint_shapes(size, label, x, y, radius, hue, background, phase):
         alpha = (0.5 - distance * size / 2).clamp(0, 1)[:, None]    # [n, 1, size, size]
         return image * (1 - alpha) + layer * alpha
 
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1    # pixel centres in [-1, 1]
-    x, y = axis.view(1, 1, -1) - x, axis.view(1, -1, 1) - y    # relative to the centre of the shape
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1    # pixel centers in [-1, 1]
+    x, y = axis.view(1, 1, -1) - x, axis.view(1, -1, 1) - y    # relative to the center of the shape
     circle = (x**2 + y**2).sqrt() - radius
     square = torch.maximum(x.abs(), y.abs()) - 0.85 * radius
     triangle = torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.55 * radius
@@ -1019,16 +1171,19 @@ def paint_shapes(size, label, x, y, radius, hue, background, phase):
     distance = every[label, torch.arange(len(label))]
     wave = (2 * math.pi * (1.6 * (x + y) + phase)).sin()
     stripes = (3 * wave).clamp(-1, 1)[:, None]
-    image = paint(0.1 + 0.35 * colour(background), torch.ones(()), distance)    # a white outline
-    fill = (0.25 + 0.75 * colour(hue)) * (0.72 + 0.28 * stripes)
+    image = paint(0.1 + 0.35 * color(background), torch.ones(()), distance)    # a white outline
+    fill = (0.25 + 0.75 * color(hue)) * (0.72 + 0.28 * stripes)
     image = paint(image, fill, distance + 0.14)
     return (image * 255).round().to(torch.uint8)
 
-def decode_image(path, size):
-    """An image file -> uint8 [3, *size]: upright, RGB, cropped to the centre; None if unusable."""
+def decode_image(path, size, channels=3):
+    """Image file -> uint8 array [channels, *size], upright and center-cropped; None if unusable."""
     from PIL import Image, ImageOps    # comes with torchvision
     try:
-        im = ImageOps.exif_transpose(Image.open(path))
+        im = Image.open(path)
+        im.load()
+        with contextlib.suppress(Exception):    # ignore an unreadable EXIF orientation
+            im = ImageOps.exif_transpose(im)
         if im.mode in ("I", "F"):    # no standard value range
             return None
         if im.mode.startswith("I;16"):    # convert() would clip 16 bits to white
@@ -1036,44 +1191,88 @@ def decode_image(path, size):
         if "transparency" in im.info or im.mode in ("RGBA", "LA", "PA"):
             white = Image.new("RGBA", im.size, "white")
             im = Image.alpha_composite(white, im.convert("RGBA"))
-        im = ImageOps.fit(im.convert("RGB"), size, Image.BICUBIC)
-        return np.asarray(im).transpose(2, 0, 1)
+        im = ImageOps.fit(im.convert("RGB" if channels == 3 else "L"), size, Image.BICUBIC)
+        return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
     except Exception:    # damaged files fail in many ways
         return None
 
-def load_folder(folder, size, train):
-    """The images below a folder -> uint8 [N, 3, *size]; every 20th file, by name, is for tests."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
-    files = [path for i, path in enumerate(files) if (i % 20 > 0) == train]
-    report(f"reading {len(files)} files in {folder}")
+def find_images(folder):
+    """The image files below a folder, as sorted relative paths. Linked folders are followed.
+
+    Hidden folders, thumbnails (@eaDir) and run folders (with a model.pt) are left out.
+    """
+    from PIL import Image
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found, others, seen = [], 0, set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:    # a cycle of links
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if name[0] not in ".@"
+                            and not os.path.exists(Path(root, name, "model.pt")))
+        for path in (Path(root, name) for name in names if name[0] != "."):
+            if path.suffix.lower() in suffixes and os.path.isfile(path):
+                found.append(path.relative_to(folder))
+            else:
+                others += 1
+    if others:
+        report(f"left out {others} files in {folder} that are not images")
+    return sorted(found)
+
+def load_folder(folder, size, train, channels=3):
+    """The images below a folder -> uint8 [N, channels, *size], labels long [N] or None.
+
+    Labels are the first-level subfolders, if every image is in one. A hash of the path assigns
+    about one image in twenty to the test split, so adding images does not reassign the others.
+    Raises ValueError if the split has no usable image.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"--data-dir {folder} is not a folder; give a folder of images")
+    files = find_images(folder)
+    classes = sorted({path.parts[0] for path in files})
+    labeled = all(len(path.parts) > 1 for path in files)
+    rank = {path: zlib.crc32(path.as_posix().encode()) for path in files}
+    limit = max(2**32 // 20, min(rank.values(), default=0))    # at least one image is for tests
+    files = [path for path in files if (rank[path] > limit) == train]
+    report(f"reading {len(files)} images in {folder}")
+    images, labels, bad = np.empty((len(files), channels, *size), np.uint8), [], []
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(decode_image, files, [size] * len(files)))
-    bad = [ascii(str(p.relative_to(folder))) for p, im in zip(files, images) if im is None]
+        decode = functools.partial(decode_image, size=size, channels=channels)
+        for path, image in zip(files, pool.map(decode, [Path(folder, path) for path in files])):
+            if image is None:
+                bad.append(ascii(str(path)))
+                continue
+            images[len(labels)] = image
+            labels.append(classes.index(path.parts[0]))
+            if len(labels) % 500 == 0:
+                report(f"read {len(labels)} of {len(files)} images", transient=True)
     if bad:
-        names = ", ".join(bad[:10])
-        report(f"skipped {len(bad)} of {len(files)} files, not usable images: {names}")
-    if len(bad) == len(files):
-        purpose = "train" if train else "test"
-        raise ValueError(f"no usable image in --data-dir {folder} to {purpose} on")
-    return torch.from_numpy(np.stack([im for im in images if im is not None]))
+        names = ", ".join(bad[:10]) + ", ..." * (len(bad) > 10)
+        report(f"skipped {len(bad)} of {len(files)} images (damaged or unusable): {names}")
+    if not labels:
+        raise ValueError(f"--data-dir {folder} has no usable images for the "
+                         f"{'training' if train else 'test'} split; add images")
+    return torch.from_numpy(images[:len(labels)]), torch.tensor(labels) if labeled else None
 
-def load_images(name, data_dir, image_size, split):
-    """A data set's "train" or "test" split -> uint8 [N, C, S, S] on the CPU, labels long [N].
+def load_images(name, data_dir, image_size, split, channels=3):
+    """A dataset's "train" or "test" split -> uint8 [N, C, S, S] on the CPU, labels long [N].
 
-    The labels of a folder are None. Raises ValueError for data that is missing or damaged.
+    `channels` is for a folder, whose labels may be None. Raises ValueError for missing data.
     """
     train, size = split == "train", [image_size, image_size]
     if name == "shapes":
         n, seed = (50_000, 1) if train else (10_000, 2)
         return draw_shapes(n, image_size, seed)
     if name == "folder":
-        return load_folder(data_dir, size, train), None
+        return load_folder(data_dir, size, train, channels)
     import torchvision
     kind = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")[name]
     try:
         data = getattr(torchvision.datasets, kind)(data_dir, train=train, download=True)
     except (RuntimeError, OSError) as e:
-        raise ValueError(f"{name} is not in --data-dir {data_dir}; download failed: {e}") from None
+        raise ValueError(f"could not download {name} to --data-dir {data_dir} ({e}); check the "
+                         "network or copy the files there") from None
     images = torch.as_tensor(data.data)    # [N, 28, 28] or [N, 32, 32, 3]
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)    # [N, C, ...]
     if images.shape[3] != image_size:
@@ -1081,8 +1280,13 @@ def load_images(name, data_dir, image_size, split):
     return images.contiguous(), torch.as_tensor(data.targets)
 
 def load_split(config, split):
-    """The images of a run's data set, uint8 [N, C, S, S]; `split` is "train" or "test"."""
-    return load_images(config.dataset, config.data_dir, config.image_size, split)[0]
+    """The images of a run's dataset, uint8 [N, C, S, S]; `split` is "train" or "test"."""
+    c = config
+    images, _ = load_images(c.dataset, c.data_dir, c.image_size, split, c.channels)
+    if images.shape[1] != c.channels:
+        raise ValueError(f"{c.dataset} images have {images.shape[1]} channels, not {c.channels}; "
+                         f"use --channels {images.shape[1]}")
+    return images
 
 # --------------------------------------------------------------------------------------------------
 # 8 Training: first the VAE and its prior, then the U-Net; one checkpoint for everything
@@ -1092,20 +1296,22 @@ CHECKPOINT_FORMAT = 2
 
 def new_state():
     """The state of training: steps done, log rows, and the optimizer and weights of one stage."""
-    return dict(steps=dict(vae=0, ddpm=0), log=[], stage="", optimizer=None, weights=None)
+    return dict(steps=dict(vae=0, ddpm=0), log=[], stage="", optimizer=None, scaler={},
+                weights=None)
 
 def train_vae(model, images, state):
     """Stage 1: train model.vae on uint8 images [N, C, S, S]; a generator of log rows.
 
-    At each row, every `log_every` steps, model and `state` hold all that is needed to continue. The
-    randomness of a step depends on seed and step alone, so a run in pieces equals one in one go.
-    Raises ValueError if the loss is not finite.
+    Whenever it yields, every `log_every` steps, `model` and `state` hold all that is needed to
+    resume. The randomness of a step depends only on the seed and the step, so a resumed run equals
+    an uninterrupted one. Raises ValueError if the loss or a parameter is not finite.
     """
     c, vae, device = model.config, model.vae, model.device
-    optimizer = torch.optim.Adam(vae.parameters(), fused=True)
-    if state["stage"] == "vae":
-        optimizer.load_state_dict(state["optimizer"])
-    compute_loss, losses = compiled(vae.loss, c, device), []
+    if state["steps"]["vae"] < c.vae_steps:
+        model.mixture.fitted.fill_(False)    # a prior belongs to the VAE it was fitted to
+    optimizer, scaler = optimizer_for(vae, "vae", c, device, state)
+    x = random_batch(images, c.vae_batch, c.hflip, device)
+    compute_loss, losses = compiled(vae.loss, c, x, c.kl_weight), []
     for step in range(state["steps"]["vae"], c.vae_steps):
         torch.manual_seed(stream(c.seed, "vae", step))
         x = random_batch(images, c.vae_batch, c.hflip, device)
@@ -1113,13 +1319,13 @@ def train_vae(model, images, state):
             loss, recon, kl = compute_loss(x, c.kl_weight)
         optimizer.param_groups[0]["lr"] = lr_at(step, c.vae_steps, c.vae_lr, c.warmup)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.mixture.fitted.fill_(False)    # a prior belongs to the VAE it was fitted to
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         losses.append(torch.stack([loss, recon, kl]).detach())
         advance(state, "vae", optimizer)
         if (step + 1) % c.log_every == 0 or step + 1 == c.vae_steps:
-            yield log_row(state, losses, vae)
+            yield log_row(state, losses, vae, scaler)
 
 def train_ddpm(model, images, state):
     """Stage 2: train the U-Net, with the VAE fixed; otherwise like `train_vae`.
@@ -1129,11 +1335,12 @@ def train_ddpm(model, images, state):
     c, device = model.config, model.device
     unet = copy.deepcopy(model.unet).train()
     params, average = list(unet.parameters()), list(model.unet.parameters())
-    optimizer = torch.optim.Adam(params, fused=True)
+    optimizer, scaler = optimizer_for(unet, "ddpm", c, device, state)
     if state["stage"] == "ddpm":
-        optimizer.load_state_dict(state["optimizer"])
         unet.load_state_dict(state["weights"])
-    compute_loss, losses = compiled(lambda x: model.loss(x, unet), c, device), []
+    x = random_batch(images, c.batch_size, c.hflip, device)
+    weights = unet.state_dict()    # shares memory with `unet`, so it is always current
+    compute_loss, losses = compiled(lambda x: model.loss(x, unet), c, x), []
     for step in range(state["steps"]["ddpm"], c.ddpm_steps):
         torch.manual_seed(stream(c.seed, "ddpm", step))
         x = random_batch(images, c.batch_size, c.hflip, device)
@@ -1141,25 +1348,37 @@ def train_ddpm(model, images, state):
             loss = compute_loss(x)
         optimizer.param_groups[0]["lr"] = lr_at(step, c.ddpm_steps, c.lr, c.warmup)
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
         if c.grad_clip > 0:
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(params, c.grad_clip)
-        optimizer.step()
-        decay = min(c.ema, (1 + step) / (10 + step))    # warm-up: forget the first weights soon
+        scaler.step(optimizer)
+        scaler.update()
+        decay = min(c.ema, (1 + step) / (10 + step))    # at first, forget old weights faster
         with torch.no_grad():
             torch._foreach_lerp_(average, params, 1 - decay)
         losses.append(loss.detach()[None])
-        advance(state, "ddpm", optimizer, unet)
+        advance(state, "ddpm", optimizer, weights)
         if (step + 1) % c.log_every == 0 or step + 1 == c.ddpm_steps:
-            yield log_row(state, losses, unet)
+            yield log_row(state, losses, unet, scaler)
 
-def advance(state, stage, optimizer, unet=None):
-    """Count a training step. `state` refers to the live tensors, so nothing is copied here."""
-    weights = unet.state_dict() if unet else None
+def optimizer_for(network, stage, config, device, state):
+    """Adam and a gradient scaler (enabled only for fp16), restored if `state` is from `stage`."""
+    fp16 = half_precision(config.precision, device) == torch.float16
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    if state["stage"] == stage:
+        optimizer.load_state_dict(state["optimizer"])
+        if fp16 and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    return optimizer, scaler
+
+def advance(state, stage, optimizer, weights=None):
+    """Count a training step. `state` shares memory with the live tensors: nothing is copied."""
     state["steps"][stage] += 1
     state.update(stage=stage, optimizer=optimizer.state_dict(), weights=weights)
 
-def log_row(state, losses, network):
+def log_row(state, losses, network, scaler):
     """Append the mean losses since the last row to the log; ValueError if they are not finite."""
     stage, mean = state["stage"], torch.stack(losses).mean(0)
     step = state["steps"][stage]
@@ -1167,16 +1386,38 @@ def log_row(state, losses, network):
         raise ValueError(f"non-finite {stage} loss after step {step - len(losses)}; "
                          "try a lower learning rate")
     losses.clear()
-    row = dict(zip(("loss", "recon", "kl"), mean.tolist()))    # stage 2 has a loss alone
+    row = dict(zip(("loss", "recon", "kl"), mean.tolist()))    # stage 2 has only "loss"
     row |= dict(stage=stage, step=step, lr=state["optimizer"]["param_groups"][0]["lr"])
     state["log"].append(row)
+    state["scaler"] = scaler.state_dict()
     return row
 
-def compiled(function, config, device):
-    """The function, compiled if the config asks for it."""
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        return torch.compile(function, dynamic=False)
-    return function
+def compiled(function, config, x, *rest):
+    """The function, compiled if the config asks for it and a trial on x [B, ...] and `rest` works.
+
+    With "auto", networks too narrow to gain are not compiled, and a failure only prints a warning;
+    with "on" it raises ValueError. Other batch sizes than B run eagerly, to avoid recompiling.
+    """
+    auto = x.device.type == "cuda" and config.unet_width >= 64 and config.compile == "auto"
+    if config.compile != "on" and not auto:
+        return function
+    B = len(x)
+    try:
+        fast = torch.compile(function, dynamic=False)
+        with autocast(config.precision, x.device):
+            out = fast(x, *rest)
+        loss = out[0] if isinstance(out, tuple) else out
+        if loss.requires_grad:    # the backward pass is compiled on its own
+            loss.backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:    # no compiler, or an old GPU
+        message = f"torch.compile failed ({type(e).__name__})"
+        if not auto:
+            raise ValueError(f"{message}; use --compile off") from None
+        report(f"{message}; continuing without it")
+        return function
+    return lambda x, *rest: fast(x, *rest) if len(x) == B else function(x, *rest)
 
 def random_batch(images, n, hflip, device):
     """n random images out of uint8 [N, C, S, S] -> float [n, C, S, S]; half are flipped."""
@@ -1184,7 +1425,7 @@ def random_batch(images, n, hflip, device):
     x = to_float(x.to(device))
     if hflip:
         x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=layout(device))
 
 def lr_at(step, total, peak, warmup):
     """The learning rate: linear warm-up over at most a tenth of all steps, then cosine decay."""
@@ -1192,48 +1433,59 @@ def lr_at(step, total, peak, warmup):
     decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (total - warmup))
     return peak * min(1, (step + 1) / (warmup + 1)) * decay
 
-def encode_images(model, images, draw=False, generator=None):
+def encode_images(model, images, sample=False, generator=None):
     """`model.encode` of uint8 images [N, C, S, S] on any device, 500 at a time -> [N, z_dim]."""
     batches = (to_float(x.to(model.device)) for x in images.split(500))
-    return torch.cat([model.encode(x, draw, generator) for x in batches])
+    return torch.cat([model.encode(x, sample, generator) for x in batches])
 
 def fit_prior(model, images):
     """Fit a new model.mixture to z ~ q(z|x) of up to 50,000 uint8 images [N, C, S, S]."""
     c, g = model.config, torch.Generator().manual_seed(model.config.seed)
-    z = encode_images(model, images[:50_000], draw=True, generator=g).cpu()
-    mixture = GaussianMixture(c.gmm_components, c.z_dim).fit(z, generator=g)
-    model.mixture = mixture.to(model.device)
-    report(f"prior: {c.gmm_components} Gaussians, "
-           f"log-likelihood {mixture.history[-1]:.2f} nats per code")
+    z = encode_images(model, images[:50_000], sample=True, generator=g)
+    model.mixture = GaussianMixture(c.gmm_components, c.z_dim).to(model.device)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")    # no TF32 in distances and covariances
+    try:
+        model.mixture.fit(z.to(model.mixture.means), generator=g)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    likelihood = model.mixture.history[-1]
+    report(f"prior: {c.gmm_components} Gaussians, log-likelihood {likelihood:.2f} nats per code")
 
 def save_checkpoint(model, state):
-    """Write model.pt, the single source of truth, atomically. OSError if it cannot be written.
+    """Write model.pt atomically. Raises OSError if it cannot be written.
 
-    config.json and log.csv are derived from it, for people to read.
+    Also write config.json and log.csv, for people to read.
     """
     run_dir, options = Path(model.config.run_dir), model.config.group("model", "training")
-    path, temporary = run_dir / "model.pt", run_dir / "model.pt.tmp"
+    path, temporary = run_dir / "model.pt", run_dir / f"model.{os.getpid()}.tmp"
     run_dir.mkdir(parents=True, exist_ok=True)
     saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(), **state)
     try:
         torch.save(saved, temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError if the disk is full
-        temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path} ({e}); the last checkpoint is unchanged") from None
-    (run_dir / "config.json").write_text(json.dumps(options, indent=2))
-    with open(run_dir / "log.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, LOG_COLUMNS)
-        writer.writeheader()
-        writer.writerows(state["log"])
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+    def write_log(path):
+        with open(path, "w", newline="") as f:
+            writer = csv.DictWriter(f, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(state["log"])
+
+    write_beside(run_dir / "config.json", lambda p: p.write_text(json.dumps(options, indent=2)))
+    write_beside(run_dir / "log.csv", write_log)
 
 def load_run(run_dir, trained=False):
-    """The DiffuseVAE in a run folder, on the CPU, and its training state. Runs no code in the file.
+    """Load the DiffuseVAE in a run folder, on the CPU, and its training state, executing no code.
 
     Raises ValueError if model.pt is missing, damaged or of another format, or if it must be
     `trained` and its U-Net is not.
     """
-    path = Path(run_dir, "model.pt")
+    path = Path(run_dir, "model.pt").expanduser()
     if not path.exists():
         raise ValueError(f"no model.pt in {run_dir}; train first, or set --run-dir")
     try:
@@ -1241,24 +1493,32 @@ def load_run(run_dir, trained=False):
             raise ValueError("bad checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         version = saved.get("format", 1)
-        if version == CHECKPOINT_FORMAT:
-            model = DiffuseVAE(Config.preset(**{**saved["options"], "run_dir": str(run_dir)}))
-            model.load_state_dict(saved["model"])
-            state = {name: saved[name] for name in new_state()}
-            untrained = state["steps"]["ddpm"] == 0
-    except (PermissionError, MemoryError):    # the file itself may be sound
-        raise
     except Exception as e:    # a damaged archive fails in many ways
-        raise ValueError(f"{path} is damaged ({type(e).__name__}); move it away") from None
+        if isinstance(e, OSError) or out_of_memory(e):    # the file may be sound
+            raise
+        raise ValueError(f"{path} is damaged ({type(e).__name__}); move it away or use a new "
+                         "--run-dir") from None
     if version != CHECKPOINT_FORMAT:
         raise ValueError(f"{path} has checkpoint format {version}, but this diffusevae.py reads "
                          f"format {CHECKPOINT_FORMAT}; use a new --run-dir")
+    try:
+        with torch.device("cpu"):
+            model = DiffuseVAE(Config.preset(**{**saved["options"], "run_dir": str(run_dir)}))
+        model.load_state_dict(saved["model"])
+        state = {name: saved[name] for name in new_state()}
+        untrained = state["steps"]["ddpm"] == 0
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        if out_of_memory(e):
+            raise
+        reason = str(e).split("\n")[0]
+        raise ValueError(f"{path} does not fit its options ({reason}); move it away or use a new "
+                         "--run-dir") from None
     if trained and untrained:
         raise ValueError(f"the U-Net in {run_dir} is not trained yet; use --stage ddpm first")
     return model, state
 
 # --------------------------------------------------------------------------------------------------
-# 9 Pictures: labelled grids, and samples as files
+# 9 Pictures: labeled grids, curves, and samples as files
 # --------------------------------------------------------------------------------------------------
 def draw_grids(grids, columns, across=1, rows=(), ticks=()):
     """(title, images [N, C, S, S]) pairs -> a matplotlib figure of grids, `across` side by side.
@@ -1286,15 +1546,108 @@ def draw_grids(grids, columns, across=1, rows=(), ticks=()):
         ax.spines[:].set_visible(False)
     return fig
 
+def pictures_due(step, total, every):
+    """How many progress pictures a stage should have written by now: often at first."""
+    if every >= 0:
+        return step // every if every else 0
+    return int(2 * math.log2(max(1, 128 * step / total)))    # 14 in all, sqrt(2) apart
+
+@torch.no_grad()
+def draw_progress(model, stage, x, path):
+    """Write test images x [N, C, S, S], their x_hat and, in stage 2, the refined images as rows.
+
+    The codes and the noise are the same in every picture. Without a VAE there are only samples.
+    """
+    from torchvision.utils import save_image
+    z = model.encode(x) if model.vae else None
+    rows = [x, model.vae.decode(z)] if model.vae else []
+    if stage == "ddpm":
+        noise = model.noise(len(x), generators(model.config.seed, "progress", range(len(x))))
+        steps, x_hat = min(model.config.steps, 10), rows[1] if rows else None
+        rows.append(model.refine(x_hat, noise, z, steps=steps, eta=0.0, variance="small"))
+    images = (torch.cat(rows) + 1) / 2
+    images = F.interpolate(images, scale_factor=max(1, round(100 / images.shape[3])))
+    write_beside(path, lambda p: save_image(images, p, format="png", nrow=len(x), pad_value=1))
+
+def draw_curves(log):
+    """The losses in the log against training steps -> a matplotlib figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator
+    fig = Figure(figsize=(8.7, 3), dpi=100, layout="constrained")
+    panels = {"vae": {"recon": "squared error", "kl": "KL"}, "ddpm": {"loss": "prediction error"}}
+    titles = {"vae": "stage 1: VAE, nats per image", "ddpm": "stage 2: DDPM, mean squared error"}
+    for ax, (stage, curves) in zip(fig.subplots(1, 2), panels.items()):
+        rows = [row for row in log if row["stage"] == stage]
+        if not rows:
+            ax.set_axis_off()
+            continue
+        for name, label in curves.items():
+            ax.loglog([row["step"] for row in rows], [row[name] for row in rows], label=label)
+        ax.set(title=titles[stage], xlabel="training step")
+        ax.legend(frameon=False)
+        ax.minorticks_off()
+        ax.tick_params(labelsize=8)
+        for axis, number in ((ax.xaxis, EngFormatter(sep="")), (ax.yaxis, "{x:g}")):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(number)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig
+
+def slerp(a, b, u):
+    """Noise on the arc from a to b [...], at fractions u [n] of the way -> [n, ...].
+
+    A straight line would pass through noise of too small a norm.
+    """
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    angle = cosine.clamp(-0.9999, 0.9999).acos()
+    u = u.view(-1, *[1] * a.dim())
+    return (((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()
+
+@torch.no_grad()
+def draw_latents(model, x):
+    """What the code and the noise hold -> a matplotlib figure, for test images x [N, C, S, S].
+
+    Reconstructions with random and with inverted noise, then interpolation between the first two
+    images, in z with the noise fixed and in the noise with z fixed.
+    """
+    options = dict(steps=min(model.config.steps, 25))
+    z, noise = model.invert(x, **options)
+    options |= dict(eta=0.0, variance="small")
+    random = model.noise(len(x), generators(model.config.seed, "latents", range(len(x))))
+    rows = {"VAE": model.vae.decode(z)}
+    rows["random noise"] = model.decode(z, random, **options)
+    rows["inverted noise"] = model.decode(z, noise, **options)
+    images, labels = [x, *rows.values()], ["test image"]
+    labels += [f"{name}\nMSE {(y - x).square().mean():.4f}" for name, y in rows.items()]
+    u = torch.linspace(0, 1, len(x), device=x.device)
+    z_path = torch.lerp(z[0], z[1], u[:, None])    # [N, z_dim]
+    walks = {"z": (z_path, noise[:1].expand_as(noise)),
+             "noise": (z[:1].expand_as(z), slerp(noise[0], noise[1], u))}
+    for name, (z_walk, noise_walk) in walks.items():
+        images += [model.vae.decode(z_walk), model.decode(z_walk, noise_walk, **options)]
+        labels += [f"{name} from 1 to 2\nVAE", "refined"]
+    title = "reconstruction and interpolation"
+    return draw_grids([(title, torch.cat(images))], len(x), rows=labels)
+
 def sample_images(model):
     """Write samples.png: real | VAE | refined. Image i depends on the seed and on i alone.
 
-    With --save-images, also write each image to samples/ and its x_hat to vae_samples/.
+    With --save-images, also write each image to samples/ and its x_hat to vae_samples/. With a VAE
+    and test images, also write latents.png.
     """
     c, run_dir, shown = model.config, Path(model.config.run_dir), {}
+    clock = time.perf_counter()
     total = c.num_samples if c.save_images else min(c.num_samples, 64)
+    eager = model.unet.forward
+
+    def compile_first(*inputs):
+        model.unet.forward = compiled(eager, c, *inputs)
+        return model.unet.forward(*inputs)
+
     if c.save_images or c.compile == "on":    # for a single picture, compiling does not pay
-        model.unet.forward = compiled(model.unet.forward, c, model.device)
+        model.unet.forward = compile_first
+    if model.vae and c.prior == "gmm" and not model.mixture.fitted:    # another --gmm-components
+        fit_prior(model, load_split(c, "train"))
     for indices in torch.arange(total).split(c.sample_batch):
         g = generators(c.seed, "sample", indices.tolist())
         x_hat, x = model.sample_both(len(g), g)
@@ -1303,24 +1656,37 @@ def sample_images(model):
             shown[name] = torch.cat([shown.get(name, batch[:0]), batch])[:64]
             if c.save_images:
                 save_pngs(run_dir / name, indices.tolist(), batch)
-        report(f"sampled {indices[-1] + 1} of {total} images", transient=True)
+        done = indices[-1].item() + 1
+        left = (time.perf_counter() - clock) / done * (total - done) / 60
+        report(f"sampled {done} of {total} images  {left:.1f} min left", transient=True)
     refined = "refined" if model.vae else "DDPM"
     titles = {"vae_samples": "VAE", "samples": f"{refined}, {c.steps} steps"}
     grids = [(titles[name], batch) for name, batch in shown.items()]
+    model.unet.forward = eager
     try:
-        grids.insert(0, ("real (test set)", to_float(load_split(c, "test")[:min(total, 64)])))
+        real = to_float(load_split(c, "test")[:64])
+        grids.insert(0, ("real (test set)", real[:total]))
     except ValueError as e:    # without the data, samples are still worth seeing
+        real = None
         report(f"samples.png has no real images: {e}")
     fig = draw_grids(grids, math.ceil(min(total, 64) ** 0.5), len(grids))
-    fig.savefig(run_dir / "samples.png", bbox_inches="tight")
-    report(f"wrote {run_dir / 'samples.png'}")
+    hint = "refined images should be sharper than the VAE's" if model.vae else refined
+    save_figure(fig, run_dir / "samples.png", hint)
+    if model.vae and real is not None and len(real) > 1:
+        fig = draw_latents(model, real[:8].to(model.device))
+        save_figure(fig, run_dir / "latents.png", "inverted noise should return the test images")
+
+def save_figure(fig, path, done=""):
+    """Write a matplotlib figure as a PNG file; see `write_beside`."""
+    write_beside(path, lambda p: fig.savefig(p, format="png", bbox_inches="tight"), done)
 
 def save_pngs(folder, indices, images):
-    """Write images [N, C, S, S] to folder/000000.png and so on; index 0 empties the folder."""
+    """Write images [N, C, S, S] to folder/000000.png and so on; index 0 removes earlier ones."""
     from PIL import Image
     if indices[0] == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("[0-9]" * 6 + ".png"):
+            old.unlink()
     pixels = to_uint8(images).cpu().permute(0, 2, 3, 1).numpy()    # [N, S, S, C]
     for i, image in zip(indices, pixels):
         Image.fromarray(image.squeeze()).save(folder / f"{i:06}.png")
@@ -1330,25 +1696,28 @@ def save_pngs(folder, indices, images):
 # --------------------------------------------------------------------------------------------------
 def run(given):
     """Do what the options given on the command line ask for."""
-    model, state = open_run(given)
-    c, device = model.config, find_device(model.config.device)
-    model.diffusion.step_pairs(c.steps, c.eta, c.spacing, c.variance)    # refuse before training
+    c = Config.preset(**given)
+    device, run_dir = find_device(c.device), Path(c.run_dir)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    model.to(device, memory_format=torch.channels_last)
+    training = contextlib.nullcontext()
     if c.stage != "sample":
-        train(model, state)
-    elif model.vae and not model.mixture.fitted:    # another --gmm-components, for this command
-        fit_prior(model, load_split(c, "train"))
-    if c.stage in ("all", "sample"):
-        sample_images(model)
+        training = lock(run_dir / ".training.lock")
+    with training:
+        model, state = open_run(given)
+        model.to(device, memory_format=layout(device))
+        if c.stage != "sample":
+            train(model, state)
+        if c.stage in ("all", "sample"):
+            with lock(run_dir / ".sampling.lock"):
+                sample_images(model)
 
 def open_run(given):
     """Options given on the command line -> the DiffuseVAE to work on, and its training state.
 
     The other options come from the saved run or, without one, from the preset. Raises ValueError
-    for options that conflict with the saved run, naming all of them.
+    for options that conflict with the saved run, naming all of them, or that cannot work.
     """
     run_dir, saved = Config.preset(**given).run_dir, {}
     model, state = None, new_state()
@@ -1357,77 +1726,108 @@ def open_run(given):
         model, state = load_run(run_dir, trained=sampling)
         saved = model.config.group("model", "training")
     c = Config.preset(**{**saved, **given, "run_dir": run_dir})
+    fixed = c.group("model")
+    if saved and c.data_dir != saved["data_dir"] and c.dataset == "folder":    # moved or another?
+        if Path(saved["data_dir"]).exists():
+            fixed["data_dir"] = c.data_dir
+        else:
+            report(f"{saved['data_dir']} no longer exists; reading images from {c.data_dir}")
     conflicts = [f"{flag(name)} {saved[name]}, not {value}"
-                 for name, value in c.group("model").items() if saved.get(name, value) != value]
+                 for name, value in fixed.items() if saved.get(name, value) != value]
     if conflicts:
         raise ValueError(f"options conflict with the saved run: {run_dir} has "
                          f"{'; '.join(conflicts)}; remove them or change --run-dir")
+    with torch.device("meta"):    # refuse what cannot work, before taking time or memory
+        trial = DiffuseVAE(c)
+    trial.diffusion.step_pairs(c.steps, c.eta, c.spacing, c.variance)
     torch.manual_seed(stream(c.seed, "weights", 0))
     model = model or DiffuseVAE(c)
     model.config = c
     if model.vae and len(model.mixture.weights) != c.gmm_components:
-        model.mixture = GaussianMixture(c.gmm_components, c.z_dim)
+        model.mixture = GaussianMixture(c.gmm_components, c.z_dim)    # to be fitted
     return model, state
 
 def train(model, state):
     """Train what --stage asks for and is not trained yet, and save checkpoints."""
     c, images = model.config, load_split(model.config, "train")
     if model.vae and state["steps"]["ddpm"] > 0 and state["steps"]["vae"] < c.vae_steps:
-        raise ValueError(f"cannot continue VAE training in {c.run_dir}: the U-Net depends on it; "
-                         "use a new --run-dir")
+        raise ValueError(f"cannot continue VAE training in {c.run_dir}: the U-Net depends on the "
+                         f"VAE; use a new --run-dir or --vae-steps {state['steps']['vae']}")
     if model.vae and len(images) < c.gmm_components:
-        raise ValueError(f"--gmm-components {c.gmm_components} needs as many images, "
-                         f"got {len(images)}")
+        raise ValueError(f"--gmm-components {c.gmm_components} exceeds the {len(images)} training "
+                         "images; lower it")
     if c.stage == "vae" and not model.vae:
-        raise ValueError("--stage vae needs a VAE, but --formulation none has none")
-    if model.device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:
-        images = images.to(model.device)    # if they fit
+        raise ValueError("--formulation none has no VAE to train; use --stage ddpm")
+    device = model.device
+    if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+        images = images.to(device)    # if they fit
     report(f"{c.dataset}: {len(images)} images of {c.image_size}x{c.image_size} pixels, "
-           f"formulation {c.formulation}, {model.device.type}, run folder {c.run_dir}")
+           f"formulation {c.formulation}, {model.device.type}")
+    plan = [f"VAE to step {c.vae_steps}", "prior"] if model.vae else []
+    plan += [f"U-Net to step {c.ddpm_steps}"] if c.stage != "vae" else []
+    plan += ["samples"] if c.stage == "all" else []
+    report(f"plan: {', '.join(plan)}; checkpoint and pictures go to {c.run_dir}")
     if model.device.type == "cpu" and c.dataset in ("cifar10", "folder") and not c.small:
         report("this preset is sized for a GPU and may take weeks on a CPU; see --small")
+    x = None
+    if c.sample_every:
+        with contextlib.suppress(ValueError):    # without test images
+            x = to_float(load_split(c, "test")[:8]).to(device)
+    for leftover in Path(c.run_dir).glob("model.*.tmp"):    # of a process that was killed
+        leftover.unlink()
+    if not Path(c.run_dir, "model.pt").exists():    # fail now, rather than hours later
+        save_checkpoint(model, state)
     if model.vae:
-        run_stage(model, state, "vae", train_vae(model, images, state), c.vae_batch)
+        run_stage(model, state, "vae", train_vae(model, images, state), c.vae_batch, x)
         if not model.mixture.fitted:
             fit_prior(model, images)
             save_checkpoint(model, state)
     if c.stage != "vae":
-        run_stage(model, state, "ddpm", train_ddpm(model, images, state), c.batch_size)
+        run_stage(model, state, "ddpm", train_ddpm(model, images, state), c.batch_size, x)
 
-def run_stage(model, state, stage, rows, batch_size):
-    """Train one stage by exhausting its rows; report progress and save checkpoints."""
+def run_stage(model, state, stage, rows, batch_size, x):
+    """Train one stage by exhausting its rows; report progress, save checkpoints and pictures.
+
+    The progress pictures are of test images x [8, C, S, S]; None for no pictures.
+    """
     c, step, total = model.config, state["steps"][stage], getattr(model.config, f"{stage}_steps")
-    network = model.vae if stage == "vae" else model.unet
+    network, run_dir = model.vae if stage == "vae" else model.unet, Path(model.config.run_dir)
     size = sum(p.numel() for p in network.parameters()) / 1e6
     report(f"{stage}: {size:.2f} M parameters, batch size {batch_size}, step {step} of {total}")
     clock = time.perf_counter()
     for row in rows:
         speed = (row["step"] - step) * batch_size / (time.perf_counter() - clock)
+        before = pictures_due(step, total, c.sample_every)
         step, row["images_per_s"] = row["step"], speed
         left = (total - step) * batch_size / speed / 60
         report(f"{stage} {step}/{total}  loss {row['loss']:.4f}  {speed:.0f} images/s  "
                f"{left:.1f} min left", transient=step < total)
-        if step % c.save_every < c.log_every or step == total:    # first row after each multiple
+        if x is not None and pictures_due(step, total, c.sample_every) > before:
+            draw_progress(model, stage, x, run_dir / "progress" / f"{stage}_{step:06}.png")
+        if step % c.save_every < c.log_every or step == total:    # first row after a multiple
             save_checkpoint(model, state)
+            save_figure(draw_curves(state["log"]), run_dir / "curves.png")
         clock = time.perf_counter()
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show the default of every option, and the docstring of this file as it is."""
 
 def build_parser(preset=None):
-    """The command line, with the values of a preset as defaults or, for parsing, none at all."""
-    def numbers(text):    # argparse prints this name in its error message
+    """The argument parser, with the preset's values as defaults, or with no defaults."""
+    def integers(text):    # argparse prints this name in its error message
         return tuple(int(n) for n in text.split(",") if n != "none")
 
     parser = argparse.ArgumentParser(
-        usage="python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]", description=__doc__,
-        formatter_class=HelpFormatter, allow_abbrev=False, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS)
+        usage="python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]",
+        description=__doc__.split("\nBased")[0], allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30))
+    parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
+                        help="show the options, with the defaults of the given --dataset")
     groups = {}
     for f in dataclasses.fields(Config):
         title = f.metadata["group"]
         if title not in groups:
-            groups[title] = parser.add_argument_group(f"{title} options")
+            groups[title] = parser.add_argument_group(f"{title} options", GROUPS[title])
         default = getattr(preset, f.name, argparse.SUPPRESS)
         how = dict(type=f.type, choices=f.metadata["choices"])
         if f.type is bool:
@@ -1435,7 +1835,7 @@ def build_parser(preset=None):
         elif isinstance(default, tuple):
             default = ",".join(map(str, default)) or "none"
         if f.type is tuple:
-            how = dict(type=numbers)
+            how = dict(type=integers)
         groups[title].add_argument(flag(f.name), default=default, help=f.metadata["help"], **how)
     return parser
 
@@ -1453,17 +1853,21 @@ def main(argv=None):
         run(parse(argv))
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+        print("\nstopped; run the same command again: training continues from the last checkpoint, "
+              "sampling starts over", file=sys.stderr)
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        words = ("of memory", "allocate memory", "enough memory")
-        if isinstance(e, MemoryError) or any(w in str(e) for w in words):
-            e = f"out of memory; lower --batch-size, --vae-batch or --sample-batch ({e})"
+        if out_of_memory(e):
+            e = ("out of memory; lower --batch-size, --vae-batch or --sample-batch, or choose "
+                 f"smaller networks or images ({e})")
         elif isinstance(e, RuntimeError):    # a bug, or an error the user cannot fix
             raise
+        if sys.stdout.isatty():    # after a transient line
+            print()
         print("diffusevae:", str(e).split("\n")[0], file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")    # for file names the terminal cannot show
+    if hasattr(sys.stdout, "reconfigure"):    # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")    # file names the terminal cannot show
     sys.exit(main())

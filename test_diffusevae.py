@@ -5,7 +5,8 @@
 Offline and on the CPU, but for one test that wants CUDA. "5 SE" in a comment is five standard errors of a Monte Carlo
 mean: a right program misses that once in two million draws, and the seeds are fixed besides.
 """
-import collections, copy, csv, inspect, itertools, json, math, os, re, shutil, subprocess, sys, types
+import collections, copy, csv, functools, inspect, io, itertools, json, math, os, re, runpy, shutil, signal, subprocess
+import sys, types, zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import distributions as D
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusevae
 from diffusevae import (VAE, Config, DiffuseVAE, GaussianDiffusion, GaussianMixture, UNet, new_state, randn,
                         timesteps_for, train_ddpm, train_vae)
 
 torch.set_num_threads(1)    # networks this small are slower on two threads, and far slower beside other work
+SAVE_FIGURE = diffusevae.save_figure
 SPACINGS = ("uniform", "trailing", "quad")
 TINY = dict(image_size=8, unet_width=4, unet_mults=(1, 2), res_blocks=1, heads=1, vae_width=2, z_dim=2, vae_steps=4,
             ddpm_steps=4, batch_size=4, vae_batch=4, steps=2, num_samples=4, device="cpu")
@@ -27,12 +30,20 @@ TINY = dict(image_size=8, unet_width=4, unet_mults=(1, 2), res_blocks=1, heads=1
 
 @pytest.fixture(autouse=True)
 def small_world(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own, from one seed, and the big `shapes` are few."""
+    """Every test runs in a folder of its own, from one seed; the big `shapes` are few, and figures are empty files."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+    blank = lambda fig, path, *done: diffusevae.write_beside(path, Path.touch, *done)    # rendering takes a second
+    monkeypatch.setattr(diffusevae, "save_figure", blank)
     draw = diffusevae.draw_shapes
     few = lambda n, size, seed: draw(n // (500 if n > 5000 else 1), size, seed)
     monkeypatch.setattr(diffusevae, "draw_shapes", few)
+
+
+@pytest.fixture
+def rendered(small_world, monkeypatch):
+    """Figures are drawn after all."""
+    monkeypatch.setattr(diffusevae, "save_figure", SAVE_FIGURE)
 
 
 def double(*shape):
@@ -231,6 +242,7 @@ def test_q_posterior_is_bayes(t, s, shift):
     got = GaussianDiffusion(20, 0.01, 0.6).q_posterior(like * 0 + x0, like, t, s, like * 0 + shift)
     assert got[0].item() == pytest.approx(mean + shift, abs=1e-9)
     assert got[1] == pytest.approx((p * (y - mean)**2).sum(), rel=1e-8)
+    assert GaussianDiffusion(20, 0.01, 0.6).posterior_variance(t, s) == got[1]
 
 
 def test_q_posterior_ends():
@@ -254,6 +266,21 @@ def test_target_round_trip(predict):
     found = d.predict_x0(d.q_sample(x0, t, eps, shift), t, target, shift)
     # 1e-16 of rounding is divided by sqrt(a_999) = 0.006
     assert torch.allclose(found[0], x0, atol=1e-12) and torch.allclose(found[1], eps, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", (0.0, 0.4))
+@pytest.mark.parametrize("predict", ("eps", "v"))
+def test_loss_of_any_network(predict, shift):
+    """The loss is the mean squared error to eps or v at the x_t shown, t is spread evenly; data have any shape."""
+    d, x0, seen = exact(GaussianDiffusion(30, predict=predict)), double(60, 5), []
+    net = lambda x, t: seen.append((x, t)) or wavy(x, t)
+    loss, ((x_t, t),) = d.loss(net, x0, shift), seen
+    a = d.alpha_bar[t, None]
+    noise = (x_t - shift - a.sqrt() * x0) / (1 - a).sqrt()
+    target = noise if predict == "eps" else a.sqrt() * noise - (1 - a).sqrt() * x0
+    assert loss.item() == pytest.approx((wavy(x_t, t) - target).square().mean().item(), rel=1e-9)
+    assert torch.bincount(t, minlength=30).tolist() == [2] * 30
+    assert abs(noise.mean()) < 5 / 300**0.5 and abs(noise.var() - 1) < 5 * (2 / 300)**0.5    # 5 SE
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -659,12 +686,47 @@ def test_timestep_embedding():
         assert torch.allclose(got, torch.tensor(expected).double(), atol=3e-4)
 
 
-def test_unet_refuses_the_wrong_x_hat():
-    """x_hat for a U-Net without conditioning, and none for one with: ValueErrors, not an image ignored."""
-    x, t = torch.zeros(1, 3, 8, 8), torch.zeros(1)
-    for cond, x_hat in ((0, x), (3, None)):
-        with pytest.raises(ValueError, match="x_hat"):
-            UNet(8, 3, cond, 4, (1,), heads=1)(x, t, x_hat)
+def test_unet_refuses_what_it_does_not_expect():
+    """x_hat or z for a U-Net without them, and none for one with: ValueErrors, not an input ignored."""
+    x, t, z = torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 2)
+    for cond, z_dim in itertools.product((0, 3), (0, 2)):
+        net = UNet(8, 3, cond, 4, (1,), heads=1, z_dim=z_dim)
+        for x_hat, code in itertools.product((None, x), (None, z)):
+            if (x_hat is None) == (cond == 0) and (code is None) == (z_dim == 0):
+                assert net(x, t, x_hat, code).shape == x.shape
+            else:
+                with pytest.raises(ValueError, match="x_hat.* z "):
+                    net(x, t, x_hat, code)
+
+
+@pytest.mark.parametrize("channels, groups", ((6, 1), (48, 4), (128, 32)))
+def test_group_norm(monkeypatch, channels, groups):
+    """In fp32 it is PyTorch's; under autocast half precision stays what it is, channels last too, near the exact."""
+    ours, theirs = diffusevae.GroupNorm(channels), torch.nn.GroupNorm(groups, channels)
+    theirs.load_state_dict(perturbed(ours).state_dict())
+    x = (3 * torch.randn(2, channels, 4, 4) + 1).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(ours(x), theirs(x)) and ours(x).is_contiguous(memory_format=torch.channels_last)
+    weight, bias, seen = ours.weight.detach().double(), ours.bias.detach().double(), []
+    real = F.group_norm
+
+    def watched(x, groups, weight=None, bias=None, eps=1e-5):
+        seen.append((torch.is_autocast_enabled("cpu"), x.dtype, getattr(weight, "dtype", None)))
+        return real(x, groups, weight, bias, eps)
+
+    monkeypatch.setattr(F, "group_norm", watched)
+    for dtype, bits in ((torch.bfloat16, 8), (torch.float16, 11)):
+        half = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = ours(half)
+        assert seen.pop() == (False, dtype, dtype)    # CUDA's autocast would do it in fp32, and turn the layout over
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        white = real(half.double(), groups)
+        exact = white * weight[:, None, None] + bias[:, None, None]
+        # weight, bias and result are rounded by 2^-bits of themselves at most, statistics are in fp32
+        bound = 2.0**-bits * ((white * weight[:, None, None]).abs() + bias.abs()[:, None, None] + exact.abs())
+        assert ((y - exact).abs() <= 1.01 * bound + 1e-4).all()
+        y.float().sum().backward()
+        assert ours.weight.grad.dtype == torch.float32 and half.grad.dtype == dtype
 
 
 @pytest.mark.parametrize("words, size, options", (
@@ -749,6 +811,7 @@ def known_as_ours():
     """The known mixture as a GaussianMixture."""
     mixture = GaussianMixture(3, 2)
     mixture.weights, mixture.means, mixture.scale_tril = WEIGHTS, MEANS, SCALE_TRIL
+    mixture.fitted.fill_(True)
     return mixture
 
 
@@ -808,11 +871,17 @@ def test_mixture_of_few_points_in_many_dimensions():
     assert lengths.mean().item() == pytest.approx(z.square().sum(1).mean().item(), rel=0.1)    # 5 SE: sd is some 220
 
 
-@pytest.mark.parametrize("z", (torch.zeros(3, 2), torch.full((9, 2), math.nan)))
-def test_mixture_refuses(z):
-    """More components than points, and points that are not finite, are ValueErrors."""
-    with pytest.raises(ValueError, match=f"4 gmm_components need at least 4 finite points, got {len(z)}"):
-        GaussianMixture(4, 2).fit(z)
+@pytest.mark.parametrize("z, words", (
+    (torch.zeros(3, 2), "4 gmm_components .* 4 points.* 3, 3 "), (torch.zeros(9, 5), "N, 2.*9, 5"),
+    (torch.full((9, 2), math.nan), "4 gmm_components .* 4 points.* 9, 0 "),
+    (torch.tensor([[0.0, 0.0]] * 8 + [[0.0, math.inf]]), "4 gmm_components .* 4 points.* 9, 8 ")))
+def test_mixture_refuses(z, words):
+    """Too few points, points that are not finite (how many are is told) and the wrong dimension are ValueErrors."""
+    mixture = GaussianMixture(4, 2)
+    with pytest.raises(ValueError, match=words):
+        mixture.fit(z)
+    with pytest.raises(ValueError, match="not fitted"):    # zeros are no prior
+        mixture.sample(3)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -836,7 +905,7 @@ def finish(config, images):
 @pytest.mark.parametrize("formulation, predict", (("1", "v"), ("2", "eps"), ("none", "v")))
 def test_both_stages_overfit_one_batch(formulation, predict):
     """On the same four images the VAE's squared error falls to a tenth, the U-Net's loss below a quarter of 1."""
-    c = tiny(formulation=formulation, predict=predict, vae_steps=300, ddpm_steps=300, vae_lr=1e-2, lr=1e-2, z_dim=8,
+    c = tiny(formulation=formulation, predict=predict, vae_steps=150, ddpm_steps=150, vae_lr=1e-2, lr=1e-2, z_dim=8,
              vae_width=8, unet_width=16, kl_weight=0.0, hflip=False, log_every=50, batch_size=16)
     rows = finish(c, diffusevae.draw_shapes(4, 8, 0)[0])[1]
     first, last = ([r for r in rows if r["stage"] == "vae"][i] for i in (0, -1)) if formulation != "none" else (0, 0)
@@ -969,6 +1038,50 @@ def test_gradients_are_clipped_in_stage_2_alone(monkeypatch):
     assert min(norms[:4]) > 0.05 and norms[4:] == pytest.approx([0.01] * 4, rel=1e-3)
 
 
+def test_fp16_trains_with_unscaled_gradients(monkeypatch):
+    """Both stages take fp32's steps within fp16's accuracy; the norm that Adam sees in stage 2 is within the limit."""
+    images, step, seen = diffusevae.draw_shapes(8, 8, 0)[0], torch.optim.Adam.step, []
+
+    def watched(self, *args):
+        norm = torch.stack([p.grad.norm() for p in self.param_groups[0]["params"]]).norm().item()
+        seen.append((norm, float(getattr(self, "found_inf", None) or 0)))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    rows = finish(tiny(precision="fp16", grad_clip=0.01, vae_steps=8, ddpm_steps=8), images)[1]
+    assert all(math.isfinite(row["loss"]) for row in rows) and len(rows) == 8 and len(seen) == 16
+    taken = [norm for norm, overflow in seen[8:] if not overflow]    # others are left out, and the scale is halved
+    assert len(taken) > 2 and max(taken) <= 0.01 * 1.001
+
+    scaled = functools.partial(torch.amp.GradScaler, init_scale=256.0)    # no overflow in the first step
+    monkeypatch.setattr(torch.amp, "GradScaler", scaled)
+    for train, clip in ((train_vae, 1.0), (train_ddpm, 0.0), (train_ddpm, 0.01)):
+        means = []
+        for precision in ("fp32", "fp16"):
+            torch.manual_seed(0)
+            c, state = tiny(precision=precision, log_every=1, grad_clip=clip), new_state()
+            next(train(perturbed(DiffuseVAE(c), 0.1), images, state))
+            means.append(torch.cat([s["exp_avg"].flatten() for s in state["optimizer"]["state"].values()]))
+        assert (means[0] - means[1]).norm() < 0.02 * means[0].norm()    # 11 bits, through some ten layers and back
+
+
+def test_the_scaler_does_not_change_fp32(monkeypatch):
+    """Without fp16 the run is, to the bit, the one of a plain loop: backward() and step()."""
+    class Plain:
+        def __init__(self, *args, enabled):
+            assert not enabled
+        scale = staticmethod(lambda loss: loss)
+        step = staticmethod(lambda optimizer: optimizer.step())
+        unscale_ = staticmethod(lambda optimizer: None)
+        update, state_dict = staticmethod(lambda: None), staticmethod(dict)
+
+    images, states = diffusevae.draw_shapes(8, 8, 0)[0], []
+    for scaler in (torch.amp.GradScaler, Plain):
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+        states.append(finish(tiny(dropout=0.1), images)[0].state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def flat(value, name=""):
     """Every leaf of nested dictionaries and lists, by name."""
     if isinstance(value, dict):
@@ -1009,6 +1122,27 @@ def test_resume_is_bit_identical(monkeypatch, formulation):
     assert rows == (7 if formulation == "1" else 4) and alike("a/model.pt", "b/model.pt")
     logs = [[row[:-1] for row in csv.reader(open(f"{run}/log.csv"))] for run in "ab"]    # without speed
     assert logs[0] == logs[1] and len(logs[0]) == (9 if formulation == "1" else 5)
+
+
+def test_fp16_resumes_bit_identical():
+    """Saved and loaded after every row, a run in fp16 ends with the checkpoint of one in one go, scale and all."""
+    images = diffusevae.draw_shapes(8, 8, 0)[0]
+    c = tiny(precision="fp16", vae_steps=9, ddpm_steps=9, dropout=0.2, log_every=3)
+    for run in "ab":
+        torch.manual_seed(0)
+        model, state, scales = DiffuseVAE(diffusevae.dataclasses.replace(c, run_dir=run)), new_state(), []
+        for stage, train in (("vae", train_vae), ("ddpm", train_ddpm)):
+            while state["steps"][stage] < 9:
+                for row in train(model, images, state):
+                    diffusevae.save_checkpoint(model, state)
+                    scales.append((state["scaler"]["scale"], state["scaler"]["_growth_tracker"]))
+                    if run == "b":
+                        break
+                if run == "b":
+                    model, state = diffusevae.load_run(run)
+                    model.config.precision = "fp16"    # per command, not saved
+    assert alike("a/model.pt", "b/model.pt") and len(scales) == 6
+    assert 0 < scales[0][0] < 2**16 and scales[0] != scales[1]    # a scale halved to keep, and a count of steps
 
 
 @pytest.mark.parametrize("stage, train, network", (("vae", train_vae, "vae"), ("ddpm", train_ddpm, "unet")))
@@ -1066,6 +1200,41 @@ def test_the_prior_is_fitted_to_draws():
     assert mixture.fitted and len(mixture.weights) == 3
     assert (mean - mu.mean(0)).abs().max() < 5 * (4 / n)**0.5    # 5 SE
     assert (variance / (mu.var(0) + 4) - 1).abs().max() < 5 * (2 / n)**0.5    # 5 SE; without the 4 it is 0.2
+
+
+def test_the_prior_is_fitted_on_the_device_in_full_precision(monkeypatch):
+    """The codes and the new mixture are where the model is; no TF32 while EM runs, and after it what was set."""
+    seen, fit, before = [], GaussianMixture.fit, torch.get_float32_matmul_precision()
+
+    def watched(self, z, **options):
+        seen.append((z.device.type, self.means.device.type, len(z), torch.get_float32_matmul_precision()))
+        self.history = [0.0]
+        return self if z.is_meta else fit(self, z, **options)
+
+    monkeypatch.setattr(GaussianMixture, "fit", watched)
+    images = diffusevae.draw_shapes(8, 8, 0)[0]
+    try:
+        for precision, device in itertools.product(("medium", "high", "highest"), ("cpu", "meta")):
+            torch.set_float32_matmul_precision(precision)
+            model = DiffuseVAE(tiny(gmm_components=3)).to(device)
+            diffusevae.fit_prior(model, images)
+            assert torch.get_float32_matmul_precision() == precision
+            assert seen.pop() == (device, device, 8, "highest")
+            assert model.mixture.means.device.type == device
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_prior_that_cannot_be_fitted_changes_no_settings():
+    """With fewer images than Gaussians the fit is refused, and the precision of matrix products is as before."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with pytest.raises(ValueError, match="9 gmm_components"):
+            diffusevae.fit_prior(DiffuseVAE(tiny(gmm_components=9)), diffusevae.draw_shapes(8, 8, 0)[0])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_prior_belongs_to_its_vae():
@@ -1158,7 +1327,7 @@ def test_sampling_has_no_graph(formulation):
     if model.vae:
         with_prior(model)
         z, noise = model.invert(x)
-        results += [z, noise, model.encode(x), model.encode(x, draw=True), model.decode(z), *model.reconstruct(x)]
+        results += [z, noise, model.encode(x), model.encode(x, sample=True), model.decode(z), *model.reconstruct(x)]
         assert model.decode(z[:0]).shape == (0, 3, 8, 8) and model.sample_prior(0).shape == (0, 2)
     assert not any(y.requires_grad for y in results)
     for generator in (None, torch.Generator(), []):
@@ -1209,7 +1378,7 @@ def test_options_for_one_call():
     assert model.config == before and not torch.equal(got, model.decode(z, noise, seeded()))
     for word, value in (("--eta must be between 0 and 1, got 1.1", dict(eta=1.1)),
                         ("--eta must be between 0 and 1, got nan", dict(eta=math.nan)),
-                        ("--spacing must be one of uniform, trailing, quad, got even", dict(spacing="even")),
+                        ("--spacing must be one of uniform, trailing, quad, got 'even'", dict(spacing="even")),
                         ("steps must be", dict(steps=1001)), ("--prior must be one of", dict(prior="flat")),
                         ("variance large needs", dict(variance="large", eta=1.0))):
         with pytest.raises(ValueError, match=word):
@@ -1267,6 +1436,106 @@ def test_compiled_steps_are_one_graph(monkeypatch):
         assert sampler.frame_count == 1
 
 
+class OnCuda:
+    """A batch said to be on CUDA, where --compile auto compiles."""
+    device = torch.device("cuda")
+
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+
+def compile_as(monkeypatch, fake):
+    """Let torch.compile be `fake`, and every trial batch be OnCuda."""
+    real = diffusevae.compiled
+
+    def trial(function, config, x, *rest):
+        return real(lambda x, *rest: function(x.x if isinstance(x, OnCuda) else x, *rest), config, OnCuda(x), *rest)
+
+    monkeypatch.setattr(diffusevae, "compiled", trial)
+    monkeypatch.setattr(torch, "compile", fake)
+
+
+class Breaks(torch.autograd.Function):
+    """The identity, without a backward pass."""
+    forward = staticmethod(lambda ctx, x: x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("no kernel")
+
+
+def no_compiler(function, **options):
+    """torch.compile that fails at once, as on a Python that is too new for it."""
+    raise NotImplementedError("no compiler")
+
+
+def no_forward(function, **options):
+    """torch.compile that fails at the first call, as without a C++ compiler."""
+    return lambda *inputs: no_compiler(function)
+
+
+def no_backward(function, **options):
+    """torch.compile that fails in the backward pass alone."""
+    def fast(*inputs):
+        out = function(*inputs)
+        return (Breaks.apply(out[0]), *out[1:]) if isinstance(out, tuple) else Breaks.apply(out)
+    return fast
+
+
+@pytest.mark.parametrize("fails", (no_compiler, no_forward, no_backward))
+def test_compile_auto_goes_on_without_a_compiler(capsys, monkeypatch, fails):
+    """Where the trial fails, forward or in backward alone: one line for each stage, and the weights of an eager run."""
+    images, wide = diffusevae.draw_shapes(8, 8, 0)[0], dict(unet_width=64, precision="fp32", dropout=0.1)
+    eager = finish(tiny(compile="off", **wide), images)[0].state_dict()
+    compile_as(monkeypatch, fails)
+    capsys.readouterr()
+    model = finish(tiny(compile="auto", **wide), images)[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("torch.compile failed (NotImplementedError)" in line for line in lines)
+    assert all(torch.equal(value, eager[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fails", (no_compiler, no_forward, no_backward))
+def test_compile_on_without_a_compiler_is_refused(capsys, monkeypatch, fails):
+    """--compile on says in one sentence how to do without, in training and in sampling, and nothing else is done."""
+    monkeypatch.setattr(torch, "compile", fails)
+    message = refusal(capsys, command("--run-dir", "r", "--compile", "on"))
+    assert "torch.compile failed (NotImplementedError)" in message and "use --compile off" in message
+    assert not list(Path("r").glob("*.lock")) and not Path("r/progress").exists()
+    if fails is not no_backward:    # sampling has none
+        assert command("--run-dir", "r", "--compile", "off", "--stage", "ddpm") == 0
+        before = files("r")
+        capsys.readouterr()
+        message = refusal(capsys, command("--run-dir", "r", "--compile", "on", "--stage", "sample", **small()))
+        assert "use --compile off" in message and files("r") == before
+
+
+def test_what_is_compiled(monkeypatch):
+    """auto compiles U-Nets of width 64 or more, on CUDA; other batch sizes run eagerly; lack of memory stays that."""
+    calls = []
+    fake = lambda function, **options: lambda x: calls.append(len(x)) or function(x)
+    monkeypatch.setattr(torch, "compile", fake)
+    trial, f = OnCuda(torch.zeros(4, 1)), lambda x: getattr(x, "x", x) + 1
+    for config in (tiny(unet_width=63, heads=0), tiny(unet_width=64, compile="off"), tiny(compile="off")):
+        assert diffusevae.compiled(f, config, trial) is f
+    assert diffusevae.compiled(f, tiny(unet_width=64), torch.zeros(4, 1)) is f and not calls    # a CPU
+    for config, x in ((tiny(unet_width=64, precision="fp32"), trial), (tiny(compile="on"), torch.zeros(4, 1))):
+        fast = diffusevae.compiled(f, config, x)
+        assert calls == [4]    # the trial
+        assert [fast(torch.full((n, 1), 2.0)).tolist() for n in (4, 3, 5)] == [[[3.0]] * n for n in (4, 3, 5)]
+        assert calls == [4, 4]
+        calls.clear()
+
+    def full(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        diffusevae.compiled(f, tiny(unet_width=64, precision="fp32"), trial)
+
+
 @pytest.mark.parametrize("formulation, z_cond", (("1", True), ("2", False), ("none", False)))
 def test_no_tensor_on_the_wrong_device(formulation, z_cond):
     """On the meta device, where a CPU tensor in an operation is an error: training, sampling, inversion, the bound."""
@@ -1283,6 +1552,40 @@ def test_no_tensor_on_the_wrong_device(formulation, z_cond):
     for eta, generator, prior in itertools.product((0.0, 1.0), (None, generators), ("gmm", "normal")):
         results.append(model.sample(4, generator, eta=eta, prior=prior))
     assert all(y.device.type == "meta" for y in results)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from one device to another."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        source = {torch.ops.aten._to_copy: 0, torch.ops.aten.copy_: 1}.get(function.overloadpacket)
+        self.count += source is not None and args[source].device != out.device
+        return out
+
+
+@pytest.mark.parametrize("formulation", ("2", "none"))
+def test_steps_copy_nothing_but_noise(formulation):
+    """A training step copies nothing to or from the device, a sampling step only CPU generators' noise, all at once."""
+    model = DiffuseVAE(tiny(formulation=formulation, z_cond=True)).to("meta").train()
+    x, z = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, 2, device="meta")
+    with Copies() as copies:
+        for loss in (model.loss, lambda x: model.vae.loss(x)[0])[:2 if model.vae else 1]:
+            loss(x).backward()
+        assert copies.count == 0
+        x_hat = x if model.vae else None
+        net, shift = model.denoiser(x_hat, z), model.shift(x_hat)
+        model.diffusion.denoise(net, x, 5, shift)
+        four = each_seeded(0, 1, 2, 3)
+        for eta, generator, expected in ((1.0, None, 0), (0.0, four, 0), (1.0, four, 3), (1.0, torch.Generator(), 3)):
+            copies.count = 0
+            model.diffusion.sample(net, x, 4, eta, shift=shift, generator=generator)
+            assert copies.count == expected    # the last of four steps has no noise
+        for n in (1, 4):
+            copies.count = 0
+            model.noise(n, each_seeded(*range(n)))
+            assert copies.count == 1
 
 
 def test_joint_bound_adds_the_codes_price():
@@ -1341,8 +1644,26 @@ def test_uint8_round_trip():
     assert diffusevae.to_uint8(torch.tensor([-9.0, 9.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
 
 
+def test_images_that_are_not_bytes_are_refused():
+    """Floats handed over as images would be scaled twice; wherever they come in, the message asks for uint8."""
+    images = torch.rand(8, 3, 8, 8)
+    for call in (lambda: diffusevae.to_float(images), lambda: diffusevae.random_batch(images, 2, True, images.device),
+                 lambda: next(train_vae(DiffuseVAE(tiny()), images, new_state())),
+                 lambda: next(train_ddpm(DiffuseVAE(tiny()), images, new_state())),
+                 lambda: diffusevae.fit_prior(DiffuseVAE(tiny()), images.double())):
+        with pytest.raises(ValueError, match="uint8"):
+            call()
+
+
+def halves(paths):
+    """Relative paths as the README has them split: the test images, a twentieth by crc32 or else one, and the rest."""
+    rank = {Path(path): zlib.crc32(Path(path).as_posix().encode()) for path in paths}
+    first = [path for path in rank if rank[path] <= 2**32 // 20] or [min(rank, key=rank.get)]
+    return sorted(first), sorted(rank.keys() - set(first))
+
+
 def test_folder_of_all_kinds(tmp_path, capsys):
-    """Each kind of image becomes what a viewer shows; other files are named, pipes and dead links passed over."""
+    """Each kind of image becomes what a viewer shows; damaged ones are named, others, pipes and dead links counted."""
     root = tmp_path / "photos"
     (root / "ünter").mkdir(parents=True)
     red, wide = np.zeros((20, 20, 3), np.uint8), np.zeros((20, 40, 3), np.uint8)
@@ -1361,15 +1682,25 @@ def test_folder_of_all_kinds(tmp_path, capsys):
     Image.fromarray(red[..., 0].astype(np.int32)).save(root / "range.tiff")    # its white is anywhere
     os.mkfifo(root / "pipe.png")    # reading it would wait forever
     (root / ".hidden.png").write_text("no image")
-    (root / "empty.png").touch()
+    (root / "nothing.png").touch()
     (root / "note.txt").write_text("no image")
-    (root / "broken.png").write_bytes((root / "6wide.png").read_bytes()[:60])
+    (root / "torn.png").write_bytes((root / "6wide.png").read_bytes()[:60])
     (root / "nowhere.png").symlink_to(root / "gone.png")
-    x = torch.cat([diffusevae.load_images("folder", root, 8, s)[0] for s in ("test", "train")]).float()    # by name
-    out = capsys.readouterr().out
-    skipped = ("note.txt", "broken.png", "empty.png", "range.tiff")
-    assert "skipped 4 of 12 files" in out and all(name in out for name in skipped)
-    assert not any(name in out for name in ("nowhere.png", "pipe.png", "hidden"))
+    every = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+    every.remove(Path("note.txt")), every.remove(Path(".hidden.png"))
+    seen, x = [], []
+    for split, names in zip(("test", "train"), halves(every)):
+        names = [str(name) for name in names]
+        x.append(diffusevae.load_images("folder", root, 8, split)[0])
+        out = capsys.readouterr().out
+        skipped = [name for name in names if name in ("torn.png", "nothing.png", "range.tiff")]
+        assert f"reading {len(names)} images" in out and "left out 3 files" in out    # a text, a pipe, a dead link
+        assert (f"skipped {len(skipped)} of {len(names)} " in out) == bool(skipped)
+        assert all((ascii(name) in out) == (name in skipped) for name in names)
+        assert not any(name in out for name in ("nowhere.png", "pipe.png", "hidden", "note.txt"))
+        seen += [name for name in names if name not in skipped]
+    assert len(seen) == 9 and len(x[0]) > 0
+    x = torch.cat(x)[torch.tensor(sorted(range(9), key=lambda i: Path(seen[i]).name))].float()    # by name
     assert x.shape == (9, 3, 8, 8)
     for i, colour in enumerate(((200, 0, 0), (200, 0, 0), (200, 0, 0), (128,) * 3, (77,) * 3, (255,) * 3)):
         assert (x[i].mean((1, 2)) - torch.tensor(colour)).abs().max() < 6, i    # JPEG and CMYK are inexact
@@ -1378,12 +1709,151 @@ def test_folder_of_all_kinds(tmp_path, capsys):
     assert (x[8, 0] - 200).abs().max() < 2
 
 
-def test_every_twentieth_file_is_for_testing(tmp_path):
-    """Of 41 files, by name, the first, 21st and 41st are the test split, all others the training split."""
-    for grey in range(41):
-        Image.fromarray(np.full((8, 8), grey, np.uint8)).save(tmp_path / f"{grey:02}.png")
-    train, test = (diffusevae.load_images("folder", tmp_path, 8, s)[0][:, 0, 0, 0].tolist() for s in ("train", "test"))
-    assert test == [0, 20, 40] and train == [grey for grey in range(41) if grey not in test]
+def grey_image(path, grey=0):
+    """Write an 8x8 image of one grey level, and the folders it needs."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8), grey, np.uint8)).save(path)
+
+
+def greys(folder, split, **options):
+    """The grey level of each image that load_folder returns, and the labels."""
+    x, labels = diffusevae.load_folder(str(folder), [8, 8], split == "train", **options)
+    return x[:, 0, 0, 0].tolist(), labels
+
+
+def test_about_every_twentieth_file_is_for_testing(tmp_path):
+    """Of 60 files those of a small crc32 of the relative path are the test split, all others the training split."""
+    names = [f"{'abc'[i % 3]}/im{i}.png" for i in range(60)]
+    for i, name in enumerate(names):
+        grey_image(tmp_path / name, i)
+    test, train = ([names.index(str(path)) for path in half] for half in halves(names))
+    assert 2 <= len(test) <= 10 and sorted(test + train) == list(range(60))
+    assert greys(tmp_path, "test")[0] == test and greys(tmp_path, "train")[0] == train
+
+
+def test_new_images_move_none_to_the_test_split(tmp_path, monkeypatch):
+    """As a folder grows no training image is ever tested on; one in twenty is kept, and one of two at the least."""
+    rng, files, read = np.random.default_rng(0), [], []
+
+    def decode(path, size, channels=3):
+        read.append(str(Path(path).relative_to(tmp_path)))
+        return np.zeros((channels, *size), np.uint8)
+
+    def split(train):
+        read.clear()
+        x, _ = diffusevae.load_folder(str(tmp_path), [1, 1], train)
+        assert len(x) == len(read)
+        return set(read)
+
+    monkeypatch.setattr(diffusevae, "find_images", lambda folder: sorted(files))
+    monkeypatch.setattr(diffusevae, "decode_image", decode)
+    names = [Path(f"{'ab'[i % 2]}", f"{rng.integers(10**12)}.jpg") for i in range(2000)]
+    trained = set()
+    for n in (*range(2, 40), 60, 100, 200, 500, 1000, 2000):
+        files[:] = names[:n]
+        train, test = split(True), split(False)
+        assert train | test == set(map(str, files)) and not train & test and train and test
+        assert trained <= train
+        trained = train
+    assert abs(len(test) - 100) < 5 * (2000 * 0.05 * 0.95)**0.5    # 5 SE
+    files[:] = names[:1]    # a single image is not enough
+    with pytest.raises(ValueError, match="no usable images for the training split"):
+        split(True)
+
+
+def test_captions_are_left_out(tmp_path, capsys):
+    """Texts beside the images, as captioned sets have them, are counted in one line; without them there is no line."""
+    for i in range(30):
+        grey_image(tmp_path / "a" / f"{i}.png", i)
+    greys(tmp_path, "train")
+    assert not [line for line in capsys.readouterr().out.splitlines() if "left out" in line or "skipped" in line]
+    for i in range(30):
+        (tmp_path / "a" / f"{i}.txt").write_text("grey")
+        (tmp_path / "a" / f"{i}.json").write_text("{}")
+    found = sum((greys(tmp_path, split)[0] for split in ("train", "test")), [])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert sorted(found) == list(range(30)) and len(lines) == 2 and all("left out 60 files" in line for line in lines)
+
+
+def test_folders_that_hold_no_images_of_their_own(tmp_path):
+    """Hidden folders, thumbnails and runs are passed over, linked folders are read once, and circles of links end."""
+    for i, name in enumerate(("a/0.png", "a/deep/1.png", "b/2.png", ".trash/3.png", "b/.cache/4.png", "a/@eaDir/5.png",
+                              "run/samples/6.png", "b/run/7.png", "@eaDir/8.png")):
+        grey_image(tmp_path / "photos" / name, i)
+    for run in ("run", "b/run"):
+        (tmp_path / "photos" / run / "model.pt").touch()
+    grey_image(tmp_path / "elsewhere" / "9.png", 9)
+    (tmp_path / "photos" / "b" / "once").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "b" / "twice").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "a" / "up").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "b" / "self").symlink_to(tmp_path / "photos" / "b")
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for root in ("photos", "link"):
+        found = [path.as_posix() for path in diffusevae.find_images(str(tmp_path / root))]
+        assert found == ["a/0.png", "a/deep/1.png", "b/2.png", "b/once/9.png"]
+        assert sorted(sum((greys(tmp_path / root, split)[0] for split in ("train", "test")), [])) == [0, 1, 2, 9]
+
+
+def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
+    """A folder without rights, as lost+found on a disk of one's own, is passed over, and the rest is read."""
+    grey_image(tmp_path / "a" / "0.png")
+    (tmp_path / "lost+found").mkdir()
+    stat = os.stat
+
+    def denied(path, *args, **options):
+        if f"lost+found{os.sep}" in os.fsdecode(path):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    assert diffusevae.find_images(str(tmp_path)) == [Path("a/0.png")]
+
+
+def test_labels_are_those_of_image_folder(tmp_path):
+    """The first folder below the top is the class, as in torchvision; images at the top leave all without labels."""
+    from torchvision.datasets import ImageFolder
+    for i in range(40):
+        grey_image(tmp_path / ("cat", "Dog", "ant/old", "ant/new/er")[i % 4] / f"{i}.png", i)
+    truth = {int(Path(path).stem): label for path, label in ImageFolder(tmp_path).samples}
+    found = {}
+    for split in ("train", "test"):
+        x, labels = greys(tmp_path, split)
+        assert labels.dtype == torch.long and labels.shape == (len(x),)
+        found |= dict(zip(x, labels.tolist()))
+    assert found == truth and set(truth.values()) == {0, 1, 2}
+    grey_image(tmp_path / "40.png", 40)
+    assert greys(tmp_path, "train")[1] is None and greys(tmp_path, "test")[1] is None
+
+
+def test_one_channel(tmp_path):
+    """--channels 1 reads one channel: a grey level as it is, a colour by its luma; a run's split has its channels."""
+    colour = np.empty((8, 8, 3), np.uint8)
+    colour[:] = 200, 100, 50
+    for i in range(20):
+        grey_image(tmp_path / "photos" / f"{i}.png", 10 * i)
+    Image.fromarray(colour).save(tmp_path / "photos" / "colour.png")
+    c = diffusevae.dataclasses.replace(tiny(channels=1), dataset="folder", data_dir=str(tmp_path / "photos"))
+    x = torch.cat([diffusevae.load_split(c, split) for split in ("train", "test")])
+    assert x.shape == (21, 1, 8, 8) and x.dtype == torch.uint8
+    luma = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)    # ITU-R 601-2, as a grey TV set shows it
+    assert sorted(x.float().mean((1, 2, 3)).tolist()) == sorted([*range(0, 200, 10), luma])
+    assert diffusevae.load_split(diffusevae.dataclasses.replace(c, channels=3), "train").shape[1] == 3
+    with pytest.raises(ValueError, match="--channels 3"):
+        diffusevae.load_split(tiny(channels=1), "train")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("exif", (
+    b"garbage", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0",    # cut within the orientation
+    b"II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"    # a quarter turn, beside a resolution of letters,
+    b"\x1a\x01\x02\0\x04\0\0\0abc\0\0\0\0\0"))    # on which Pillow stumbles
+def test_unreadable_orientation(tmp_path, exif):
+    """A picture whose EXIF is cut or nonsense is taken as it is stored."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :4] = 255    # white on the left
+    Image.fromarray(pixels).save(tmp_path / "x.jpg", quality=100, exif=b"Exif\0\0" + exif)
+    x = diffusevae.decode_image(tmp_path / "x.jpg", [8, 8])
+    assert abs(x.astype(int) - pixels.transpose(2, 0, 1)).max() < 9    # JPEG
 
 
 @pytest.mark.parametrize("name, kind", (("cifar10", "CIFAR10"), ("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")))
@@ -1435,7 +1905,8 @@ def test_command_line_end_to_end(capsys):
     """Train, repeat without training, extend, sample: the run folder holds what the README says."""
     assert command("--run-dir", "r") == 0
     before = files("r")
-    assert set(before) == {"model.pt", "config.json", "log.csv", "samples.png"}
+    pictures = {"samples.png", "latents.png", "curves.png", "progress/vae_000004.png", "progress/ddpm_000004.png"}
+    assert set(before) == {"model.pt", "config.json", "log.csv", *pictures}
     assert command("--run-dir", "r") == 0
     assert files("r")["model.pt"] == before["model.pt"] and files("r")["log.csv"] == before["log.csv"]
     assert command("--run-dir", "r", ddpm_steps=6) == 0
@@ -1452,6 +1923,58 @@ def test_command_line_end_to_end(capsys):
     capsys.readouterr()
     message = refusal(capsys, command("--run-dir", "r", vae_steps=9))
     assert "cannot continue VAE training" in message
+
+
+def held(*paths):
+    """Another process that holds lock files, until it is killed."""
+    code = "import contextlib, sys, time, diffusevae as d\nwith contextlib.ExitStack() as stack:\n" \
+           "    [stack.enter_context(d.lock(d.Path(path))) for path in sys.argv[1:]]\n" \
+           "    print('held', flush=True)\n    time.sleep(600)"
+    env = {**os.environ, "PYTHONPATH": str(Path(diffusevae.__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", code, *paths], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_one_process_writes_to_a_run_at_a_time(capsys):
+    """Beside a training run a second is refused, sampling is not, and the reverse; a killed one bars nobody."""
+    pytest.importorskip("fcntl")
+    assert command("--run-dir", "r") == 0
+    shutil.copytree("r", "s")
+    before = files("r")
+    assert not [name for name in before if name.endswith((".lock", ".tmp"))]
+    unlocked = lambda run: {name: data for name, data in files(run).items() if not name.endswith(".lock")}
+    process = held("r/.training.lock", "s/.sampling.lock")
+    try:
+        capsys.readouterr()
+        for run, words, options in (("r", ("--stage", "ddpm"), dict(ddpm_steps=9)), ("r", (), dict(ddpm_steps=9)),
+                                    ("s", ("--stage", "sample"), small())):
+            message = refusal(capsys, command("--run-dir", run, *words, **options))
+            assert f"another process is writing to {run}" in message and unlocked(run) == before
+        assert command("--run-dir", "r", "--stage", "sample", "--save-images", **small()) == 0
+        assert command("--run-dir", "s", "--stage", "ddpm", ddpm_steps=9) == 0
+        assert len(files("r/samples")) == 4 and process.poll() is None    # it was there all the time
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(), process.stdout.close()
+    assert Path("r/.training.lock").exists() and Path("s/.sampling.lock").exists()
+    assert command("--run-dir", "r", ddpm_steps=9) == 0
+    assert command("--run-dir", "s", "--stage", "sample", **small()) == 0
+    assert alike("r/model.pt", "s/model.pt") and not list(Path().rglob("*.lock"))
+
+
+def test_a_refused_command_leaves_no_folder(capsys):
+    """What a refused command has made for itself is gone again; what was there stays."""
+    assert "heads" in refusal(capsys, command("--run-dir", "new", heads=3)) and not Path("new").exists()
+    assert "no model.pt" in refusal(capsys, command("--run-dir", "new", "--stage", "sample")) and not os.listdir()
+    Path("old").mkdir()
+    Path("old/note").touch()
+    assert "heads" in refusal(capsys, command("--run-dir", "old", heads=3)) and list(files("old")) == ["note"]
+
+
+def test_a_refused_command_leaves_no_folder_above(capsys):
+    """The folders above a new run folder, `runs` by default, go with it."""
+    assert "heads" in refusal(capsys, command("--run-dir", "runs/mine", heads=3)) and not os.listdir()
 
 
 def test_stages_one_by_one():
@@ -1532,10 +2055,10 @@ def refusal(capsys, code):
 
 @pytest.mark.parametrize("words, named", (
     ("--dataset lsun", "argument --dataset: invalid choice: 'lsun'"),
-    ("--dataset folder --data-dir nowhere --attention none", "no usable image in --data-dir nowhere to train on"),
+    ("--dataset folder --data-dir nowhere --attention none", "nowhere is not a folder"),
     ("--image-size 9", "image_size 9 must be divisible by 2"), ("--attention 5", "no 5x5 feature maps"),
     ("--heads 3", "heads must divide"),
-    ("--steps 0", "--steps must be between 1 and"), ("--steps -1", "--steps must be between 1 and"),
+    ("--steps 0", "--steps must be at least 1, got 0"), ("--steps -1", "--steps must be at least 1, got -1"),
     ("--steps 1001", "steps must be between 1 and 1000"), ("--eta 1.5", "--eta must be between 0 and 1, got 1.5"),
     ("--eta -0.1", "--eta must be between 0 and 1, got -0.1"), ("--eta nan", "--eta must be between"),
     ("--lr inf", "--lr must be between"), ("--variance large", "variance large needs"),
@@ -1544,17 +2067,19 @@ def refusal(capsys, code):
     ("--stage vae --variance large", "variance large needs"), ("--stage sample", "no model.pt in r"),
     ("--frobnicate 3", "--frobnicate"), ("--z-dim x", "--z-dim"),
     ("--unet-mults 0,1", "--unet-mults"), ("--unet-mults none", "unet_mults"),
-    ("--unet-mults 1,x", "numbers value: '1,x'"), ("--timesteps 1", "--timesteps"),
+    ("--unet-mults 1,x", "--unet-mults: invalid integers value: '1,x'"), ("--timesteps 1", "--timesteps"),
     ("--schedule cubic", "argument --schedule: invalid choice"),
     ("--variance huge", "argument --variance: invalid choice"),
     ("--stage sample --run-dir nowhere", "no model.pt in nowhere"),
     ("--stage eval", "argument --stage: invalid choice"),
     ("--stage traverse", "argument --stage: invalid choice"), ("--help --eta 2", "--eta must be between"),
     ("--small 3", "unrecognized arguments: 3"),
-    ("--formulation none --stage vae", "--formulation none has none"),
-    ("--gmm-components 101", "--gmm-components 101 needs as many images, got 100"),
+    ("--formulation none --stage vae", "--formulation none has no VAE to train"),
+    ("--channels 1", "--channels 3"), ("--channels 2", "argument --channels: invalid choice"),
+    ("--gmm-components 101", "--gmm-components 101 exceeds the 100 training images"),
     pytest.param("--device cuda", "device cuda is not available",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+    ("--device cuda:77", "device cuda:77 is not available"), ("--device gpu", "device gpu is not available"),
 ))
 def test_refusals(capsys, words, named):
     """Bad input is one sentence that names it, exit code 2, and nothing is written."""
@@ -1567,17 +2092,17 @@ def test_too_large_a_new_mixture_is_refused(capsys):
     """More Gaussians than images, asked for when sampling from a trained run: told by name."""
     assert command("--run-dir", "r", "--gmm-components", 3) == 0
     message = refusal(capsys, command("--run-dir", "r", "--stage", "sample", "--gmm-components", 101))
-    assert "101 gmm_components need at least 101 finite points, got 100" in message
+    assert re.search("101 gmm_components .*101 points.* 100, 100 ", message)
 
 
 def test_empty_folder_is_refused(capsys):
     """A folder without a usable image: the files are named."""
     Path("photos").mkdir()
     Path("photos/no.png").write_text("no image")
-    Path("photos/nor.png").write_text("no image")
+    Path("photos/nor.png").write_text("no image")    # kept for testing, and not read
     code = command("--run-dir", "r", "--dataset", "folder", "--data-dir", "photos", "--attention", "none")
     out, err = capsys.readouterr()
-    assert code == 2 and "nor.png" in out and "no usable image in --data-dir photos" in err and not Path("r").exists()
+    assert code == 2 and "'no.png'" in out and "photos has no usable images" in err and not Path("r").exists()
 
 
 def test_another_model_is_refused(capsys):
@@ -1615,7 +2140,8 @@ def test_checkpoints_of_another_format_are_refused(capsys, stage):
     """The version before had no key `format`: named as format 1, neither called damaged nor written over."""
     assert command("--run-dir", "r") == 0
     saved = torch.load("r/model.pt", weights_only=True)
-    assert saved.keys() == {"format", "options", "model", "steps", "log", "stage", "optimizer", "weights"}
+    assert saved.keys() == {"format", "options", "model", "steps", "log", "stage", "optimizer", "scaler",
+                            "weights"}
     assert saved["format"] == 2
     del saved["format"]
     for version in (1, 3):
@@ -1678,6 +2204,32 @@ def test_edited_checkpoints_are_refused(capsys, change, stage):
     assert not Path("boom").exists()
 
 
+@pytest.mark.parametrize("owner, name", ((torch, "load"), (DiffuseVAE, "load_state_dict"), (UNet, "__init__")))
+def test_lack_of_memory_does_not_damage_a_checkpoint(capsys, monkeypatch, owner, name):
+    """Too little memory to read a checkpoint, or to build its model, is told as that alone."""
+    assert command("--run-dir", "r", "--stage", "ddpm") == 0
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+    for error in (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+                  MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")):
+        capsys.readouterr()
+        message = refusal(capsys, command("--run-dir", "r", "--stage", "sample", **small()))
+        assert "out of memory" in message and "damaged" not in message and "fit" not in message
+
+
+def test_a_checkpoint_of_other_shapes_does_not_fit(capsys):
+    """Weights of other shapes than the options ask for: told as such, not as damage."""
+    assert command("--run-dir", "r", "--stage", "ddpm") == 0
+    saved = torch.load("r/model.pt", weights_only=True)
+    saved["model"]["unet.middle.0.norm.weight"] = torch.zeros(3)
+    torch.save(saved, "r/model.pt")
+    message = refusal(capsys, command("--run-dir", "r", "--stage", "sample", **small()))
+    assert "r/model.pt does not fit its options" in message and "damaged" not in message
+
+
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(capsys, monkeypatch):
     """Missing rights are the folder's owner's to mend, and the file is not to be moved away."""
     assert command("--run-dir", "r") == 0
@@ -1704,31 +2256,45 @@ def test_a_loss_that_is_not_finite_stops(capsys, monkeypatch):
     assert command("--run-dir", "r", ddpm_steps=12) == 0
 
 
+FORKS = """
+import os, signal, sys, matplotlib.figure, torch, torch._dynamo, torchvision, diffusevae as d
+torch.set_num_threads(1)
+draw, (*words, starts) = d.draw_shapes, sys.argv[1:]
+d.draw_shapes = lambda n, size, seed: draw(n // 500 if n > 5000 else n, size, seed)
+d.save_figure = lambda fig, path, *done: d.write_beside(path, d.Path.touch, *done)
+for start in starts.split(","):
+    read, write = os.pipe()
+    child = os.fork()    # spares the imports
+    if not child:
+        os.dup2(write, 1)
+        os._exit(d.main(words))
+    os.close(write)
+    for line in open(read):
+        if start and line.startswith(start):
+            os.kill(child, signal.SIGKILL)
+            break
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
 def test_killed_runs_end_alike():
     """Killed without warning in both stages and while sampling, a run ends with the files of an undisturbed one."""
     words = ["--image-size=8", "--unet-width=4", "--heads=1", "--vae-width=2", "--z-dim=2", "--vae-steps=40",
-             "--ddpm-steps=40",
-             "--batch-size=4", "--vae-batch=4", "--steps=2", "--eta=1", "--dropout=0.1", "--save-every=7",
-             "--log-every=1",
-             "--num-samples=90", "--sample-batch=10", "--save-images", "--device=cpu"]
-    few = "import sys, torch, diffusevae as d; torch.set_num_threads(1); f = d.draw_shapes; " \
-          "d.draw_shapes = lambda n, size, seed: f(n // 500 if n > 5000 else n, size, seed); sys.exit(d.main())"
-    env, kills = {**os.environ, "PYTHONPATH": str(Path(diffusevae.__file__).parent)}, 0
-    for start in ("vae 9/40", "ddpm 1/40", "ddpm 30/40", "sampled 40 of 90 images", ""):    # where to kill
-        run = subprocess.Popen([sys.executable, "-u", "-c", few, *words, "--run-dir=r"], env=env, text=True,
-                               stdout=subprocess.PIPE)
-        for line in run.stdout:
-            if start and line.startswith(start):
-                run.kill()
-                kills += 1
-                break
-        run.stdout.read(), run.wait()
-    assert diffusevae.main([*words, "--run-dir=clean"]) == 0 and kills == 4 and run.returncode == 0
+             "--ddpm-steps=40", "--batch-size=4", "--vae-batch=4", "--steps=2", "--eta=1", "--dropout=0.1",
+             "--save-every=7", "--log-every=1", "--num-samples=90", "--sample-batch=10", "--save-images",
+             "--device=cpu"]
+    env = {**os.environ, "PYTHONPATH": str(Path(diffusevae.__file__).parent)}
+    starts = ("vae 9/40", "ddpm 1/40", "ddpm 30/40", "sampled 40 of 90 images", "")    # where to kill
+    forks = subprocess.run([sys.executable, "-c", FORKS, *words, "--run-dir=r", ",".join(starts)], env=env, text=True,
+                           stdout=subprocess.PIPE)
+    assert forks.stdout.split() == ["9"] * 4 + ["0"]    # killed by signal 9, and done
+    assert diffusevae.main([*words, "--run-dir=clean"]) == 0
     assert alike("r/model.pt", "clean/model.pt")
     one, two = ([row[:-1] for row in csv.reader(open(f"{r}/log.csv"))] for r in ("r", "clean"))
     assert one == two and len(one) == 81
     assert files("r/samples") == files("clean/samples") and len(files("r/samples")) == 90
     assert files("r/vae_samples") == files("clean/vae_samples")
+    assert not list(Path("r").glob("*.lock"))    # left behind by the killed ones, removed by the last
 
 
 def test_full_disk(capsys):
@@ -1745,6 +2311,78 @@ def test_full_disk(capsys):
     assert re.search("could not write .*model.pt .* checkpoint is unchanged", refusal(capsys, code))
     assert Path("r/model.pt").read_bytes() == before and not list(Path("r").glob("*.tmp"))
     assert command("--run-dir", "r", ddpm_steps=9) == 0
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))    # less than weights alone need
+    try:
+        code = command("--run-dir", "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out, err = capsys.readouterr()
+    assert code == 2 and "could not write new/model.pt" in err and "vae 4/4" not in out    # before it has trained
+    assert not Path("new").exists()
+
+
+def test_secondary_files_that_cannot_be_written(capsys, rendered):
+    """Folders in place of the log, the options and the pictures: a line for each; the run is as if they were not."""
+    assert command("--run-dir", "clean", "--stage", "ddpm") == 0
+    names = ("log.csv", "config.json", "curves.png", "samples.png", "latents.png")
+    for name in names:
+        Path("r", name).mkdir(parents=True)
+    Path("r/progress").touch()    # a file in place of a folder
+    capsys.readouterr()
+    for words, options, failing in (((), {}, (*names, "progress/vae_000004.png", "progress/ddpm_000004.png")),
+                                    (("--stage", "sample"), small(), names[3:])):
+        assert command("--run-dir", "r", *words, **options) == 0
+        out, err = capsys.readouterr()
+        told = [re.match(r"could not write r/(\S+) ", line)[1] for line in out.splitlines() if "could not" in line]
+        assert set(told) == set(failing) and not err
+        assert all(told.count(name) == 1 for name in failing if name.endswith("s.png") and name != "curves.png")
+        assert not any("wrote" in line and name in line for line in out.splitlines() for name in names)
+    assert alike("r/model.pt", "clean/model.pt") and not list(Path("r").rglob("*.tmp"))
+    assert not any(list(Path("r", name).iterdir()) for name in names)
+
+
+def test_own_files_among_the_samples():
+    """Only the numbered images of earlier commands are replaced; samples/ may be a link to another disk."""
+    assert command("--run-dir", "r") == 0
+    Path("disk").mkdir()
+    Path("r/samples").symlink_to(Path("disk").resolve())
+    own = ("favourite.png", "notes.txt", "1.png", "0000001.png", "sub/000000.png")
+    for name in own:
+        Path("disk", name).parent.mkdir(exist_ok=True)
+        Path("disk", name).write_text(name)
+    words = ("--run-dir", "r", "--stage", "sample", "--save-images")
+    assert command(*words, **small(num_samples=3)) == 0 and command(*words, **small(num_samples=2)) == 0
+    assert Path("r/samples").is_symlink()
+    assert set(files("disk")) == {"000000.png", "000001.png", *own}
+    assert all(Path("disk", name).read_text() == name for name in own)
+
+
+@pytest.mark.parametrize("words, named", (
+    ("--dataset folder --data-dir nowhere --image-size 250", "image_size 250"),
+    ("--dataset folder --data-dir nowhere --image-size 1000", "image_size 1000"),
+    ("--dataset folder --data-dir nowhere --image-size 250 --unet-mults 1,2", "image_size 250 halves to 125"),
+    ("--image-size 8 --heads 3 --unet-mults 1,2", "heads must divide"),
+    ("--run-dir file", "--run-dir file"), ("--run-dir file/r", "--run-dir file/r"),
+    ("--image-size 8 --unet-mults 1,2 --variance large", "variance large")))
+def test_refused_before_anything_is_built(capsys, monkeypatch, words, named):
+    """What cannot work is refused before a network has weights or an image is read."""
+    made, init = [], torch.nn.init.kaiming_normal_
+
+    def watched(tensor, *args, **options):
+        made.extend([] if tensor.is_meta else [tensor.shape])
+        return init(tensor, *args, **options)
+
+    def read(*args):
+        raise AssertionError("images are read")
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", watched)
+    monkeypatch.setattr(diffusevae, "load_split", read)
+    Path("file").write_text("in the way")
+    assert named in refusal(capsys, diffusevae.main(["--device=cpu", *words.split()])) and not made
+    assert files(".") == {"file": b"in the way"}
+    DiffuseVAE(tiny())
+    assert len(made) > 5    # it does watch
 
 
 def test_lack_of_memory_is_one_sentence(capsys, monkeypatch):
@@ -1768,10 +2406,10 @@ def test_every_option_at_its_edges():
     """Each number's smallest and largest value are taken, each word is; what lies beyond is refused by name."""
     for f in diffusevae.dataclasses.fields(Config):
         words, limits = f.metadata["choices"], f.metadata["range"]
-        assert not (words and f.type is not str)
+        assert not words or f.type in (str, int)
         if words:
             assert all(getattr(Config(**{f.name: word}), f.name) == word for word in words)
-            beyond = ("", words[0] + "x", 3, None)
+            beyond = ("", f"{words[0]}x", 4, None) if f.type is str else (min(words) - 1, max(words) + 1, 2, "3", None)
         elif limits and f.type in (int, float, tuple):
             wrap = (lambda v: (1, v)) if f.type is tuple else (lambda v: v)
             for value in limits:
@@ -1802,9 +2440,9 @@ def test_help_speaks_to_people(capsys):
         parts = [" ".join(part.split()) for part in re.split(r"^(?=  --)|\n\n", options, flags=re.M)]
         pages[words] = {part.split()[0].rstrip(","): part for part in parts if part.startswith("--")}
         for f in diffusevae.dataclasses.fields(Config):
-            part = pages[words][diffusevae.flag(f.name)]
+            part = pages[words][diffusevae.flag(f.name)].replace("- ", "-")    # lines also end at hyphens
             assert re.fullmatch(r"--.+ \(default: [^()]+\)", part) and f.metadata["help"] in part, f.name
-            assert not f.metadata["choices"] or "{" + ",".join(f.metadata["choices"]) + "}" in part, f.name
+            assert not f.metadata["choices"] or "{" + ",".join(map(str, f.metadata["choices"])) + "}" in part, f.name
     default = lambda words, option: re.search(r"\(default: (.+)\)$", pages[words][option])[1]
     small, large, cifar = "--dataset cifar10 --small --lr 0.5", "--dataset folder --image-size 128", "--dataset cifar10"
     assert default("", "--unet-mults") == "1,2" and default("", "--attention") == "none"
@@ -1870,6 +2508,66 @@ def test_each_folder_has_a_run_of_its_own(monkeypatch):
     assert sorted(path.name for path in Path("runs").iterdir()) == ["folder-cats", "folder-dogs"]
 
 
+FOLDER = ("--dataset", "folder", "--attention", "none", "--gmm-components", "2", "--sample-every", "0")
+
+
+def photos(folder, n=30):
+    """A folder of n images."""
+    for i in range(n):
+        grey_image(Path(folder) / f"{i}.png", 8 * i)
+
+
+def test_folders_of_the_same_name(capsys):
+    """Two folders of one name would share a run: the second is refused naming both; a folder that moved is welcome."""
+    photos("a/cats"), photos("b/cats")
+    assert command(*FOLDER, "--data-dir", "a/cats", "--stage", "vae") == 0
+    before = files("runs/folder-cats")
+    capsys.readouterr()
+    message = refusal(capsys, command(*FOLDER, "--data-dir", "b/cats", "--stage", "vae"))
+    assert all(str(Path(name, "cats").resolve()) in message for name in "ab") and "--data-dir" in message
+    assert files("runs/folder-cats") == before
+    assert command(*FOLDER, "--data-dir", "../" + Path.cwd().name + "/a/cats", "--stage", "vae") == 0    # the same one
+    assert "no longer exists" not in capsys.readouterr().out
+    shutil.move("a/cats", "a/lions")
+    assert command(*FOLDER, "--data-dir", "a/lions", "--run-dir", "runs/folder-cats", "--stage", "ddpm") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no longer exists" in line]
+    assert len(lines) == 1 and all(str(Path(name).resolve()) in lines[0] for name in ("a/cats", "a/lions"))
+    assert diffusevae.load_run("runs/folder-cats")[0].config.data_dir == str(Path("a/lions").resolve())
+
+
+def test_home_is_expanded(capsys, monkeypatch):
+    """~ is the home folder in --data-dir and --run-dir; a run in the very folder of the images is refused."""
+    monkeypatch.setenv("HOME", str(Path("home").resolve()))
+    photos("home/cats")
+    assert command(*FOLDER, "--data-dir=~/cats", "--run-dir=~/r", "--stage", "vae") == 0
+    assert Path("home/r/model.pt").exists() and sorted(os.listdir()) == ["home"]
+    assert diffusevae.load_run("home/r")[0].config.data_dir == str(Path("home/cats").resolve())
+    for same in ("~/cats", "home/cats", "home/r/../cats"):
+        message = refusal(capsys, command(*FOLDER, "--data-dir=~/cats", "--run-dir", same))
+        assert "--run-dir must differ from --data-dir" in message
+    assert len(files("home/cats")) == 30
+
+
+def test_a_run_among_its_images(capsys, monkeypatch):
+    """With the run below the images, as with --data-dir ., the same images are read after a stop as before it."""
+    photos(".")
+    words = (*FOLDER[:-1], "1", "--data-dir=.", "--run-dir=runs/r", "--stage=vae", "--log-every=1", "--save-every=4")
+    draw = diffusevae.draw_progress
+
+    def stop(*args):
+        draw(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diffusevae, "draw_progress", stop)    # a picture is written, and no log row saved yet
+    assert command(*words) == 130 and len(list(Path("runs/r/progress").iterdir())) == 1
+    monkeypatch.setattr(diffusevae, "draw_progress", draw)
+    before = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("reading", "folder:"))]
+    assert command(*words) == 0
+    after = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("reading", "folder:"))]
+    assert before == after and len(before) == 3 and sum(int(re.search(r"reading (\d+)", line)[1])
+                                                        for line in before if "reading" in line) == 30
+
+
 def test_a_slow_machine_is_told(capsys, monkeypatch):
     """On a CPU cifar10 and folder say that their networks are sized for a GPU; --small and small data sets do not."""
     monkeypatch.setattr(diffusevae, "load_split", lambda c, split: torch.zeros(60, c.channels, 8, 8, dtype=torch.uint8))
@@ -1895,9 +2593,11 @@ def test_random_command_lines(capsys, monkeypatch):
                   eta="0 0.5 1 2", spacing="uniform quad trailing log", variance="small large huge",
                   prior="normal gmm flat",
                   gmm_components="1 5 0", num_samples="1 5 0", sample_batch="1 65536 0", stage="all vae ddpm fit",
-                  save_every="1 1000 0", log_every="1 1000 0", kl_weight="0 1 -1")
-    codes, undrawn = collections.Counter(), types.SimpleNamespace(savefig=lambda *args, **options: None)
-    monkeypatch.setattr(diffusevae, "draw_grids", lambda *args: undrawn)    # slow, and tested elsewhere
+                  save_every="1 1000 0", log_every="1 1000 0", sample_every="-1 0 1 3 -2", channels="1 3 2",
+                  kl_weight="0 1 -1")
+    codes = collections.Counter()
+    for name in ("draw_grids", "draw_curves"):    # slow, and tested elsewhere
+        monkeypatch.setattr(diffusevae, name, lambda *args, **options: None)
     for i in range(60):
         given = {k: rng.choice(values[k].split()) for k in rng.choice(list(values), 4, replace=False)}
         flags = rng.choice(["--z-cond", "--no-hflip", "--save-images", "--hflip", "--small"], 2, replace=False)
@@ -1914,13 +2614,618 @@ def test_random_command_lines(capsys, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------------
+
+
+def tiles(picture, rows, columns, size):
+    """A grid of images one pixel apart, [H, W, 3] -> the images, [rows * columns, 3, size, size]."""
+    assert picture.shape == (rows * (size + 1) + 1, columns * (size + 1) + 1, 3)
+    corners = itertools.product(range(1, rows * (size + 1), size + 1), range(1, columns * (size + 1), size + 1))
+    cells = [picture[top:top + size, left:left + size] for top, left in corners]
+    return torch.tensor(np.stack(cells)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("channels", (1, 3))
+def test_grids(channels):
+    """Every image is in its place under its title, grey ones too; rows and columns have their labels, once."""
+    x = torch.rand(2, 6, channels, 8, 8) * 2.2 - 1.1
+    fig = diffusevae.draw_grids([("one", x[0]), ("two", x[1])], 3, 2, rows=["a", "b"], ticks=["p", "q", "r"])
+    assert [ax.get_title() for ax in fig.axes] == ["one", "two"]
+    for ax, images in zip(fig.axes, x):
+        shown = tiles(np.asarray(ax.images[0].get_array()), 2, 3, 8)
+        assert torch.equal(shown, diffusevae.to_uint8(images).expand(-1, 3, -1, -1))
+        assert [text.get_text() for text in ax.get_yticklabels()] == ["a", "b"]
+        assert [text.get_text() for text in ax.get_xticklabels()] == ["p", "q", "r"]
+        assert ax.get_yticks().tolist() == [4.5, 13.5] and ax.get_xticks().tolist() == [4.5, 13.5, 22.5]    # middles
+
+
+def test_curves_are_the_log():
+    """Squared error and KL of the VAE, the error of the U-Net, against the step; a log without a VAE will do."""
+    rows = finish(tiny(log_every=1), diffusevae.draw_shapes(8, 8, 0)[0])[1]
+    fig = diffusevae.draw_curves(rows)
+    lines = [line for ax in fig.axes for line in ax.get_lines()]
+    for line, stage, name in zip(lines, ("vae", "vae", "ddpm"), ("recon", "kl", "loss"), strict=True):
+        assert list(line.get_xdata()) == [1, 2, 3, 4]
+        assert list(line.get_ydata()) == [row[name] for row in rows if row["stage"] == stage]
+    lines = [line for ax in diffusevae.draw_curves(rows[4:]).axes for line in ax.get_lines() if len(line.get_xdata())]
+    assert [list(line.get_ydata()) for line in lines] == [[row["loss"] for row in rows[4:]]]
+    assert diffusevae.draw_curves(rows[:4]).axes    # and so will one of the VAE alone
+
+
+def test_slerp_walks_the_arc():
+    """Between two vectors at a right angle: cosines and sines; between any of one length, that length all the way."""
+    a, b, u = double(3, 4), double(3, 4), torch.linspace(0, 1, 7, dtype=torch.float64)
+    a, b = a / a.norm(), b / b.norm()
+    path = diffusevae.slerp(a, b, u)
+    assert path.shape == (7, 3, 4) and torch.allclose(path[[0, -1]], torch.stack([a, b]), atol=1e-12)
+    assert torch.allclose(path.flatten(1).norm(dim=1), torch.ones(7).double(), atol=1e-12)
+    steps = (path[1:] * path[:-1]).sum((1, 2)).acos()    # even steps along the arc
+    assert torch.allclose(steps, (a * b).sum().acos().expand(6) / 6, atol=1e-6)
+    b = F.normalize(b - (a * b).sum() * a, dim=(0, 1)) * 3
+    turn = (math.pi / 2 * u)[:, None, None]
+    assert torch.allclose(diffusevae.slerp(a, b, u), turn.cos() * a + turn.sin() * b, atol=1e-12)
+    assert diffusevae.slerp(a, a, u).isfinite().all()
+
+
+@pytest.mark.parametrize("total", (100, 1000, 100_000))
+def test_when_progress_is_shown(total):
+    """Fourteen pictures, each at sqrt(2) times the step before, the last at the end; or as often as asked."""
+    due = [diffusevae.pictures_due(step, total, -1) for step in range(total + 1)]
+    when = [step for step in range(1, total + 1) if due[step] > due[step - 1]]
+    assert due[0] == 0 and due[-1] == 14 and when[-1] == total
+    expected = [math.ceil(total * 2**(-k / 2) - 1e-9) for k in range(14)]
+    assert when == sorted(set(expected))
+    every = [diffusevae.pictures_due(step, total, 30) for step in range(total + 1)]
+    assert [step for step in range(1, total + 1) if every[step] > every[step - 1]] == list(range(30, total + 1, 30))
+    assert not any(diffusevae.pictures_due(step, total, 0) for step in range(total + 1))
+
+
+@pytest.mark.parametrize("formulation", ("1", "none"))
+def test_progress_pictures(formulation):
+    """Its rows are test images, their x_hat and, in stage 2, what that is refined to, always from the same noise."""
+    model, x = perturbed(DiffuseVAE(tiny(formulation=formulation, steps=4)), 0.05), torch.rand(5, 3, 8, 8) * 2 - 1
+    for stage in ("vae", "ddpm")[model.vae is None:]:
+        for name in ("one.png", "two.png"):
+            diffusevae.draw_progress(model, stage, x, Path("progress", name))
+        assert Path("progress/one.png").read_bytes() == Path("progress/two.png").read_bytes()
+        z = model.encode(x) if model.vae else None
+        rows = [x, model.vae.decode(z)] if model.vae else []
+        if stage == "ddpm":
+            noise = model.noise(5, diffusevae.generators(0, "progress", range(5)))
+            rows.append(model.refine(rows[1] if rows else None, noise, z))
+        picture = np.asarray(Image.open("progress/one.png")).astype(int)
+        scale = (picture.shape[1] - 2) // 5 // 8
+        assert 8 * scale > 60    # to be seen without a magnifying glass
+        for i, row in enumerate(rows):
+            for j, image in enumerate(row):
+                top, left = (2 + k * (8 * scale + 2) + scale // 2 for k in (i, j))    # save_image leaves two pixels
+                shown = picture[top:, left:][:8 * scale:scale, :8 * scale:scale].transpose(2, 0, 1)
+                assert abs(shown - diffusevae.to_uint8(image).numpy()).max() <= 1
+
+
+def test_sample_every_is_heeded(capsys):
+    """Pictures come at multiples of --sample-every, none at 0; they change neither the weights nor the samples."""
+    for run, every in (("a", 2), ("b", 0), ("c", 3)):
+        assert command("--run-dir", run, "--log-every", 1, "--sample-every", every, "--dropout", 0.1) == 0
+    names = lambda run: sorted(path.stem for path in Path(run, "progress").glob("*.png"))
+    assert names("a") == ["ddpm_000002", "ddpm_000004", "vae_000002", "vae_000004"]
+    assert not Path("b/progress").exists() and names("c") == ["ddpm_000003", "vae_000003"]
+    assert alike("a/model.pt", "b/model.pt", ("images_per_s", "run_dir", "sample_every"))
+    assert alike("a/model.pt", "c/model.pt", ("images_per_s", "run_dir", "sample_every"))
+
+
+def test_latents_picture(monkeypatch):
+    """Its rows: test images, the VAE's, refined from random and inverted noise; a walk in z and one in the noise."""
+    model, seen = with_prior(perturbed(DiffuseVAE(tiny(timesteps=100, steps=20)), 0.02)), []
+    take = lambda grids, columns, **options: seen.append((grids, columns, options))
+    monkeypatch.setattr(diffusevae, "draw_grids", take)
+    x = torch.rand(4, 3, 8, 8) - 0.5
+    diffusevae.draw_latents(model, x)
+    ((title, images),), columns, options = seen.pop()
+    rows, labels = images.view(8, 4, 3, 8, 8), options["rows"]
+    assert columns == 4 and len(labels) == 8
+    z, noise = model.invert(x, steps=20)
+    x_hat, again = model.vae.decode(z), model.decode(z, noise, steps=20, eta=0.0)
+    assert torch.equal(rows[0], x) and torch.allclose(rows[1], x_hat, atol=1e-5)
+    assert torch.allclose(rows[3], again, atol=1e-4) and torch.allclose(rows[3], x, atol=0.02)
+    for label, row in zip(labels[1:4], rows[1:4]):
+        assert float(label.split("MSE ")[1]) == pytest.approx((row - x).square().mean().item(), abs=6e-5)
+    assert (rows[2] - x).square().mean() > 10 * (rows[3] - x).square().mean()
+    for k, (walk, refined) in enumerate(((rows[4], rows[5]), (rows[6], rows[7]))):
+        # from image to image in z; from noise to noise at the first image's z, so x_hat stays
+        ends = (x_hat[0], x_hat[1]) if k == 0 else (x_hat[0], x_hat[0])
+        assert torch.allclose(walk[0], ends[0], atol=1e-5) and torch.allclose(walk[-1], ends[1], atol=1e-5)
+        assert torch.allclose(refined[0], again[0], atol=1e-4)
+        last = (z[1:2], noise[:1]) if k == 0 else (z[:1], noise[1:2])
+        assert torch.allclose(refined[-1], model.decode(*last, steps=20, eta=0.0)[0], atol=1e-4)
+    assert torch.allclose(rows[4][1], model.vae.decode(z[:1] * 2 / 3 + z[1:2] / 3)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("formulation", ("1", "none"))
+def test_pictures_are_rendered(rendered, formulation):
+    """The files are pictures that can be opened, with colours in them, and large enough to be seen."""
+    assert command("--run-dir", "r", "--formulation", formulation) == 0
+    for name in ("samples.png", "curves.png", "latents.png")[:3 if formulation == "1" else 2]:
+        with Image.open(f"r/{name}") as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        assert min(pixels.shape[:2]) > 100 and np.ptp(pixels, axis=2).max() > 50, name
+    assert Path("r/latents.png").exists() == (formulation == "1")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("angle", (0.1, math.pi / 2, 3.0))
+def test_slerp_is_an_arc(angle):
+    """Between two noises of one norm, each point has that norm and has turned u of the way, in their plane."""
+    a, side = double(3, 4, 4), double(3, 4, 4)
+    side -= (a * side).sum() / a.square().sum() * a
+    side *= a.norm() / side.norm()    # orthogonal to a and as long
+    b = math.cos(angle) * a + math.sin(angle) * side
+    for n in (1, 2, 3, 20):
+        u = torch.linspace(0, 1, n, dtype=torch.float64)
+        path, turn = diffusevae.slerp(a, b, u), (u * angle).view(-1, 1, 1, 1)
+        assert path.shape == (n, 3, 4, 4)
+        # acos magnifies the 1e-16 of the cosine by 1 / sin(0.1) = 10
+        assert torch.allclose(path, turn.cos() * a + turn.sin() * side, atol=1e-13)
+        assert torch.allclose(path.flatten(1).norm(dim=1), a.norm(), atol=1e-12)
+
+
+def test_slerp_ends():
+    """The path starts at a and ends at b, whatever their norms; equal noises give that noise, opposite ones no NaN."""
+    a, b = torch.randn(3, 8, 8), 7 * torch.randn(3, 8, 8)
+    first, last = diffusevae.slerp(a, b, torch.tensor([0.0, 1.0]))
+    assert torch.allclose(first, a, rtol=2e-7, atol=0) and torch.allclose(last, b, rtol=2e-7, atol=0)    # two roundings
+    u = torch.linspace(0, 1, 9)
+    path = diffusevae.slerp(a, a, u)    # its angle counts as acos 0.9999, at most 1 / cos(angle / 2) - 1 = 2.5e-5 off
+    assert torch.allclose(path, a.expand_as(path), rtol=3e-5, atol=0)
+    assert diffusevae.slerp(a, -a, u).isfinite().all()
+    assert diffusevae.slerp(a[0, 0], b[0, 0], u).shape == (9, 8)    # noise of any shape
+
+
+def test_progress_pictures_are_most_frequent_at_first():
+    """By default a stage is due fourteen pictures, over half of them in its first quarter; N is one every N steps."""
+    for total in (128, 129, 193, 577, 1000, 3000, 100_000):
+        due = [diffusevae.pictures_due(step, total, -1) for step in range(total + 1)]
+        assert due[0] == 0 and due[total] == 14 and due == sorted(due) and due[total // 4] > 7
+        drawn = sum(before < after for before, after in zip(due, due[1:]))
+        assert drawn == (13 if total < 193 else 14)    # in a short stage the first step with any has two due
+    for total in (1, 2, 5, 127):
+        assert diffusevae.pictures_due(total, total, -1) == 14    # so that the last step always has one
+    assert [diffusevae.pictures_due(step, 50, 7) for step in range(51)] == [step // 7 for step in range(51)]
+    assert not any(diffusevae.pictures_due(step, 50, 0) for step in range(51))
+
+
+def test_progress_pictures_do_not_disturb_training(monkeypatch):
+    """With and without progress pictures a run ends with one checkpoint, to the bit, and resumed in each stage too."""
+    words = ["--dropout=0.2", "--eta=1", "--log-every=1", "--save-every=1"]
+    but = ("images_per_s", "run_dir", "sample_every")
+    for slow in ("draw_curves", "draw_latents"):    # tested elsewhere
+        monkeypatch.setattr(diffusevae, slow, lambda *args: None)
+    names = {f"{stage}_{step:06}.png" for stage in ("vae", "ddpm") for step in (1, 2, 3, 4)}    # each step: so few
+    read, splits = diffusevae.load_split, []
+    monkeypatch.setattr(diffusevae, "load_split", lambda config, split: splits.append(split) or read(config, split))
+    for every in (0, -1, 1):
+        run = f"every{every}"
+        assert command("--run-dir", run, "--sample-every", every, *words) == 0
+        assert set(files(f"{run}/progress")) == (names if every else set())
+        assert every or splits == ["train", "test"]    # without such pictures test images are for samples.png alone
+        assert alike(f"{run}/model.pt", "every0/model.pt", but)
+    save = diffusevae.save_checkpoint
+
+    def stop(model, state):
+        save(model, state)
+        if 2 in state["steps"].values():    # in the middle of either stage
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(diffusevae, "save_checkpoint", stop)
+    codes = [command("--run-dir", "r", "--sample-every", 1, *words) for _ in range(3)]
+    assert codes == [130, 130, 0] and alike("r/model.pt", "every1/model.pt", but)
+    assert files("r/progress") == files("every1/progress")
+
+
+def test_progress_pictures_show_one_set_of_noise():
+    """The same weights give the same picture later, and with an ancestral sampler; other weights give another one."""
+    assert command("--run-dir", "r", "--eta", 1) == 0
+    model = DiffuseVAE.load("r", "cpu")
+    model.config.steps, model.config.eta, model.config.variance = 2, 1.0, "large"
+    x = diffusevae.to_float(diffusevae.load_split(model.config, "test")[:8])
+    torch.manual_seed(9)
+    diffusevae.draw_progress(model, "ddpm", x, Path("again.png"))
+    assert Path("again.png").read_bytes() == Path("r/progress/ddpm_000004.png").read_bytes()
+    perturbed(model.unet)
+    diffusevae.draw_progress(model, "ddpm", x, Path("moved.png"))
+    again, moved = (np.asarray(Image.open(name)).astype(int) for name in ("again.png", "moved.png"))
+    assert (again[:196] == moved[:196]).all()    # two rows of 12 * 8 + 2 pixels: test images and x_hat
+    assert abs(again[198:] - moved[198:]).max() > 9
+
+
+@pytest.mark.parametrize("formulation, size, channels, scale", (("1", 16, 3, 6), ("2", 8, 1, 12), ("none", 28, 1, 4),
+                                                                ("1", 32, 3, 3), ("none", 104, 3, 1)))
+def test_what_a_progress_picture_shows(formulation, size, channels, scale):
+    """Rows of eight: the test images, x_hat and in stage 2 what the DDPM makes of it; pixels become squares."""
+    torch.manual_seed(0)
+    config = tiny(formulation=formulation, image_size=size, channels=channels, heads=0)
+    model = perturbed(DiffuseVAE(config), 0.05)
+    x = torch.rand(8, channels, size, size) * 2 - 1
+    rows, noise = [], model.noise(8, diffusevae.generators(0, "progress", range(8)))
+    if model.vae:
+        rows = [x, model.vae.decode(model.encode(x)).detach()]
+    rows.append(model.refine(rows[1] if rows else None, noise, steps=2, eta=0.0))
+    for stage in ("vae", "ddpm") if model.vae else ("ddpm",):
+        diffusevae.draw_progress(model, stage, x, Path("p.png"))
+        expected = torch.stack(rows if stage == "ddpm" else rows[:2])    # [rows, 8, C, S, S]
+        picture, pitch = torch.from_numpy(np.array(Image.open("p.png"))), size * scale + 2
+        assert picture.shape == (len(expected) * pitch + 2, 8 * pitch + 2, 3)    # a frame of 2 around every image
+        assert (picture[:2] == 255).all() and (picture[:, pitch:pitch + 2] == 255).all()    # in white
+        cells = picture[2:, 2:].unflatten(0, (-1, pitch)).unflatten(2, (-1, pitch))[:, :-2, :, :-2]
+        squares = cells.unflatten(1, (size, scale)).unflatten(4, (size, scale))
+        pixels = squares[:, :, 0, :, :, 0]
+        assert (squares == pixels[:, :, None, :, :, None]).all()
+        shown = pixels.permute(0, 2, 4, 1, 3)    # [rows, 8, 3, S, S]
+        wanted = (expected.clamp(-1, 1) + 1) * 127.5
+        assert (shown - wanted).abs().max() <= 0.51    # rounded to 256 levels; gray has red, green, blue alike
+
+
+def test_curves_hold_the_log():
+    """The curves are the log's values at its steps, on logarithmic axes: the VAE's at left, the DDPM's at right."""
+    log = finish(tiny(vae_steps=9, ddpm_steps=7), diffusevae.draw_shapes(8, 8, 0)[0])[1]
+    left, right = diffusevae.draw_curves(log).axes
+    for ax, stage, names in ((left, "vae", ("recon", "kl")), (right, "ddpm", ("loss",))):
+        rows = [row for row in log if row["stage"] == stage]
+        assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log") and stage in ax.get_title().lower()
+        assert len(ax.lines) == len(names) and len(rows) > 3
+        for line, name in zip(ax.lines, names):
+            assert list(line.get_xdata()) == [row["step"] for row in rows]
+            assert list(line.get_ydata()) == [row[name] for row in rows]
+
+
+@pytest.mark.parametrize("losses", ((0.6, 0.2), (70, 20), (2, 1.9), (0.0391, 0.0389)))
+def test_axes_of_losses_have_numbers(losses):
+    """Also where the losses cross no power of ten, two numbers or more stand beside each curve."""
+    log = [dict(stage=stage, step=step, loss=loss, recon=loss, kl=loss / 2) for stage in ("vae", "ddpm")
+           for step, loss in zip((100, 3000), losses)]
+    fig = diffusevae.draw_curves(log)
+    fig.draw_without_rendering()
+    for ax in fig.axes:
+        low, high = ax.get_ylim()
+        inside = [label.get_text() for at, label in zip(ax.get_yticks(), ax.get_yticklabels()) if low <= at <= high]
+        assert sum(map(bool, inside)) >= 2
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("rendered")
+@pytest.mark.parametrize("stages", ((), ("vae",), ("ddpm",)))
+def test_curves_of_part_of_a_log(stages):
+    """One stage, or none, or a single row of each, is drawn without a warning."""
+    rows = [dict(stage=stage, step=3, loss=0.5, recon=0.4, kl=0.1) for stage in stages]
+    diffusevae.save_figure(diffusevae.draw_curves(rows), Path("c.png"))
+    assert np.asarray(Image.open("c.png")).shape[1] > 400
+
+
+def test_curves_come_with_every_checkpoint(monkeypatch):
+    """curves.png is there from the first checkpoint on, with the whole log of a resumed run; pictures every 2 steps."""
+    seen, draw = [], diffusevae.draw_curves
+
+    def watched(*args):
+        for row in train_vae(*args):
+            yield row
+            seen.append(Path("r/curves.png").exists())    # once the row has been dealt with
+
+    monkeypatch.setattr(diffusevae, "train_vae", watched)
+    monkeypatch.setattr(diffusevae, "draw_curves", lambda log: seen.append(len(log)) or draw(log))
+    words = ("--run-dir", "r", "--log-every", 1, "--save-every", 2, "--sample-every", 2)
+    assert command(*words, "--stage", "vae") == 0 and seen == [False, 2, True, True, 4, True]
+    seen.clear()
+    assert command(*words, "--stage", "ddpm") == 0 and seen == [6, 8]
+    assert set(files("r/progress")) == {f"{stage}_{step:06}.png" for stage in ("vae", "ddpm") for step in (2, 4)}
+
+
+def grid_of(fig, size, columns):
+    """The images in the one grid of a figure -> int [rows, columns, size, size, 3], and the labels of the rows."""
+    (ax,) = fig.axes
+    pixels = torch.from_numpy(np.asarray(ax.get_images()[0].get_array())).int()[1:, 1:]    # a frame of 1
+    cells = pixels.unflatten(0, (-1, size + 1)).unflatten(2, (columns, size + 1))[:, :-1, :, :-1]
+    return cells.transpose(1, 2), [label.get_text() for label in ax.get_yticklabels()]
+
+
+@pytest.mark.parametrize("options", (dict(steps=9), dict(steps=9, formulation="2", z_cond=True, channels=1),
+                                     dict(steps=30, eta=1.0, variance="large")))
+def test_what_latents_shows(options):
+    """Reconstructions with their errors, then walks from image to image, each as decoding by hand gives it."""
+    torch.manual_seed(0)
+    config = tiny(timesteps=30, z_dim=3, seed=5, **options)
+    steps = min(config.steps, 25)
+    model, given = perturbed(DiffuseVAE(config), 0.02), dict(steps=steps, eta=0.0, variance="small")
+    x = torch.rand(3, config.channels, 8, 8) - 0.5
+    images, labels = grid_of(diffusevae.draw_latents(model, x), 8, 3)
+    z, noise = model.invert(x, steps=steps)
+    random = model.noise(3, diffusevae.generators(5, "latents", range(3)))
+    blurry = model.vae.decode(z).detach()
+    rows = [x, blurry, model.decode(z, random, **given), model.decode(z, noise, **given)]
+    for label, row in zip(labels[1:4], rows[1:]):    # printed to four digits
+        error = np.square(row.double().numpy() - x.double().numpy()).mean()
+        assert float(label.split()[-1]) == pytest.approx(error, abs=6e-5)
+    assert len(labels) == len(images) == 8 and (rows[3] - x).abs().max() < 0.05 < (rows[2] - x).abs().max()
+    between, first = (z[:1] + z[1:2]) / 2, z[:1].expand(3, -1)
+    zs = torch.cat([z[:1], between, z[1:2]])
+    arc = diffusevae.slerp(noise[0], noise[1], torch.tensor([0.0, 0.5, 1.0]))
+    rows += [model.vae.decode(zs).detach(), model.decode(zs, noise[:1].expand_as(noise), **given)]
+    rows += [model.vae.decode(first).detach(), model.decode(first, arc, **given)]
+    expected = diffusevae.to_uint8(torch.stack(rows).flatten(0, 1)).unflatten(0, (8, 3)).int()
+    assert (images - expected.permute(0, 1, 3, 4, 2)).abs().max() <= 1    # another batch rounds otherwise
+    for row, end in ((4, images[1, 1]), (6, images[1, 0])):    # the VAE's: to the second image, and not at all
+        assert (images[row, 0] - images[1, 0]).abs().max() <= 1 and (images[row, 2] - end).abs().max() <= 1
+    for row in (5, 7):    # the refined: both from the first image to another
+        assert (images[row, 0] - images[3, 0]).abs().max() <= 1 < (images[row, 2] - images[3, 0]).abs().max()
+
+
+def test_when_latents_is_drawn(monkeypatch):
+    """latents.png comes with samples.png, of the first eight test images or what there are of them, two at least."""
+    assert command("--run-dir", "r", "--stage", "ddpm") == 0 and not Path("r/latents.png").exists()
+    draw, split, seen = diffusevae.draw_latents, diffusevae.load_split, []
+    monkeypatch.setattr(diffusevae, "draw_latents", lambda model, x: seen.append(x) or draw(model, x))
+    for n, shown in ((20, 8), (2, 2), (1, 0)):
+        Path("r/latents.png").unlink(missing_ok=True)
+        monkeypatch.setattr(diffusevae, "load_split", lambda config, name: split(config, name)[:n])
+        assert command("--run-dir", "r", "--stage", "sample", **small(num_samples=20)) == 0
+        assert Path("r/latents.png").exists() == (shown > 0)
+        if shown:
+            assert torch.equal(seen.pop(), diffusevae.to_float(split(tiny(), "test")[:shown]))
+        assert not seen
+
+
+def complaints(out):
+    """The names of the files that a command said it could not write, in order."""
+    found = re.findall(r"^could not write (\S+) \((.*)\); continuing without it$", out, re.M)
+    assert out.count("could not write") == len(found) and all(reason not in ("", "None") for _, reason in found)
+    return [name for name, _ in found]
+
+
+def test_pictures_that_cannot_be_written(capsys):
+    """Where folders have the names of pictures, each is a line of warning; the run goes on, and no file is left over"""
+    names = ["progress/vae_000004.png", "curves.png", "progress/ddpm_000004.png", "samples.png", "latents.png"]
+    for name in names:
+        Path("r", name).mkdir(parents=True)
+    assert command("--run-dir", "r") == 0
+    out = capsys.readouterr().out
+    expected = [f"r/{name}" for name in (*names[:3], "curves.png", *names[3:])]    # the curves once in each stage
+    assert complaints(out) == expected and "wrote" not in out
+    assert set(files("r")) == {"model.pt", "config.json", "log.csv"}
+
+
+def test_a_file_in_place_of_the_progress_folder(capsys):
+    """A file called progress costs the pictures that would be in it, and nothing else."""
+    Path("r").mkdir()
+    Path("r/progress").touch()
+    assert command("--run-dir", "r") == 0 and Path("r/latents.png").exists()
+    names = [f"r/progress/{stage}_000004.png" for stage in ("vae", "ddpm")]
+    assert complaints(capsys.readouterr().out) == names and files("r")["progress"] == b""
+
+
+@pytest.mark.usefixtures("rendered")
+def test_pictures_on_a_full_disk(capsys):
+    """A disk that takes no more: a line of warning for each picture, the earlier ones stay, nothing half-written."""
+    resource = pytest.importorskip("resource")
+    assert command("--run-dir", "r", "--sample-every", 4) == 0
+    before, (soft, hard) = files("r"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    model, x = DiffuseVAE.load("r", "cpu"), torch.zeros(8, 3, 8, 8)
+    assert not complaints(capsys.readouterr().out)
+    assert all(len(before[name]) > 500 for name in before if name.endswith(".png"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        code = command("--run-dir", "r", "--stage", "sample", **small(steps=1))
+        diffusevae.draw_progress(model, "ddpm", x, Path("r/progress/ddpm_000004.png"))
+        diffusevae.save_figure(diffusevae.draw_curves([]), Path("r/curves.png"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    names = ["samples.png", "latents.png", "progress/ddpm_000004.png", "curves.png"]
+    assert code == 0 and files("r") == before
+    assert complaints(capsys.readouterr().out) == [f"r/{name}" for name in names]
+
+
+@pytest.mark.usefixtures("rendered")
+def test_pictures_broken_off_midway(capsys, monkeypatch):
+    """A writer that fails after half of its bytes leaves the picture before it as it was."""
+    import matplotlib.figure
+    import torchvision.utils
+    assert command("--run-dir", "r") == 0
+    before = files("r")
+
+    def half(*args, **options):
+        path = next(arg for arg in args if isinstance(arg, Path))
+        assert path.name.endswith(".tmp")    # the picture before is not touched
+        path.write_bytes(before["samples.png"][:len(before["samples.png"]) // 2])
+        raise OSError(28, "No space left") if args[0] is path else OSError("encoder error -2")    # Pillow: no number
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **options: half(path))
+    monkeypatch.setattr(torchvision.utils, "save_image", half)
+    capsys.readouterr()
+    assert command("--run-dir", "r", ddpm_steps=5) == 0
+    out, names = capsys.readouterr().out, ["progress/ddpm_000005.png", "curves.png", "samples.png", "latents.png"]
+    assert complaints(out) == [f"r/{name}" for name in names]
+    assert out.count("(encoder error -2)") == 1 and out.count("(No space left)") == 3
+    after = files("r")
+    assert all(after[name] == before[name] for name in before if name.endswith(".png")) and len(after) == len(before)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Progress
+# --------------------------------------------------------------------------------------------------------
+
+
+def on_terminal(monkeypatch, action):
+    """What the action writes to a terminal."""
+    written = []
+    terminal = types.SimpleNamespace(write=written.append, flush=lambda: None, isatty=lambda: True)
+    with monkeypatch.context() as m:
+        m.setattr(sys, "stdout", terminal)
+        action()
+    return "".join(written)
+
+
+def test_lines_on_a_terminal(capsys, monkeypatch):
+    """On a terminal every line overwrites what a transient one left there; in a pipe they are lines like others."""
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)    # a notebook would count as a terminal
+    words = ("--log-every", 1, "--sample-batch", 2, "--sample-every", 0)
+    text = on_terminal(monkeypatch, lambda: command("--run-dir", "a", *words))
+    assert command("--run-dir", "b", *words) == 0
+    piped = capsys.readouterr().out
+    assert "\r" not in piped and piped.endswith("\n") and text.startswith("\r")
+    lines = text.split("\r")[1:]
+    neutral = lambda line: re.sub(r"[\d.]+ (images/s|min)|\b[ab]\b", "", line).rstrip()    # speed, time, run folder
+    assert [neutral(line) for line in lines] == [neutral(line) for line in piped.splitlines()]
+    for line in lines:
+        transient = re.match(r"(vae|ddpm) [123]/4 |sampled ", line)
+        assert len(line.rstrip("\n")) >= 79 and line.count("\n") == line.endswith("\n") == (not transient), line
+    assert sum(not line.endswith("\n") for line in lines) == 8 and lines[-1].endswith("\n")
+
+
+def slow_clock(monkeypatch):
+    """A clock that runs on by a minute whenever it is read; returns the list that holds its time."""
+    now = [0.0]
+    monkeypatch.setattr(diffusevae, "time", types.SimpleNamespace(
+        perf_counter=lambda: now.append(now.pop() + 60) or now[0]))
+    return now
+
+
+def test_time_left_in_training(capsys, monkeypatch):
+    """At a minute a step, the minutes left are the steps left; what pictures and checkpoints take does not count."""
+    now, later = slow_clock(monkeypatch), lambda *args: now.append(now.pop() + 10**6)
+    monkeypatch.setattr(diffusevae, "draw_progress", later)
+    save = diffusevae.save_checkpoint
+    monkeypatch.setattr(diffusevae, "save_checkpoint", lambda *args: later() or save(*args))
+    words = ("--run-dir", "r", "--stage", "vae", "--log-every", 1, "--save-every", 1)
+    assert command(*words, vae_steps=4, vae_batch=300) == 0
+    found = re.findall(r"^vae (\d/4)  loss \d+\.\d{4}  5 images/s  (\d\.\d) min left$", capsys.readouterr().out, re.M)
+    assert found == [("1/4", "3.0"), ("2/4", "2.0"), ("3/4", "1.0"), ("4/4", "0.0")]
+
+
+def test_time_left_in_sampling(capsys, monkeypatch):
+    """After each batch: how many images are done, how many there are, and the minutes left at a minute a batch."""
+    assert command("--run-dir", "r") == 0
+    capsys.readouterr(), slow_clock(monkeypatch)
+    assert command("--run-dir", "r", "--stage", "sample", "--save-images",
+                   **small(num_samples=7, sample_batch=2)) == 0
+    found = re.findall(r"^sampled (\d) of 7 images  (\d\.\d) min left$", capsys.readouterr().out, re.M)
+    assert found == [("2", "2.5"), ("4", "1.5"), ("6", "0.5"), ("7", "0.0")]
+
+
+def test_progress_of_reading_a_folder(tmp_path, capsys, monkeypatch):
+    """A line whenever 500 more images are read, each over the one before on a terminal; damaged ones do not count."""
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    names = [Path(f"{i:04}.png") for i in range(1300)]
+    monkeypatch.setattr(diffusevae, "find_images", lambda folder: names)
+    blank = np.zeros((3, 8, 8), np.uint8)
+    decode = lambda path, size, channels: None if path.stem == "0007" else blank
+    monkeypatch.setattr(diffusevae, "decode_image", decode)
+    read = lambda: diffusevae.load_folder(tmp_path, (8, 8), True)[0]
+    n = len(read())
+    assert 1190 < n < 1270    # 19 in 20 of 1299; 5 SE is 40
+    lines = [f"reading {n + 1} images in {tmp_path}", f"read 500 of {n + 1} images", f"read 1000 of {n + 1} images",
+             f"skipped 1 of {n + 1} images (damaged or unusable): '0007.png'"]
+    assert capsys.readouterr().out.splitlines() == lines
+    text = on_terminal(monkeypatch, read)
+    assert text == "".join(f"\r{line:79}" + "\n" * (k in (0, 3)) for k, line in enumerate(lines))
+
+
+@pytest.mark.parametrize("words, plan", (
+    ("", "VAE to step 4, prior, U-Net to step 4, samples"), ("--stage ddpm", "VAE to step 4, prior, U-Net to step 4"),
+    ("--stage vae", "VAE to step 4, prior"), ("--formulation none", "U-Net to step 4, samples")))
+def test_the_plan_comes_first_and_the_pictures_last(capsys, words, plan):
+    """A run starts with one line on all that it will do; one that samples ends with the places of its pictures."""
+    assert command("--run-dir", "r", *words.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (planned,) = (i for i, line in enumerate(lines) if line.startswith("plan: "))
+    assert lines[planned].split(";")[0] == f"plan: {plan}"
+    assert planned < next(i for i, line in enumerate(lines) if re.match("(vae|ddpm): ", line))
+    wrote = [line.split()[1].rstrip(":") for line in lines if line.startswith("wrote ")]
+    pictures = [] if "--stage" in words else ["r/samples.png", "r/latents.png"][:1 if "none" in words else 2]
+    assert wrote == pictures == [name for name in ("r/samples.png", "r/latents.png") if Path(name).exists()]
+    assert not wrote or all(line.startswith("wrote ") for line in lines[-len(wrote):])
+
+
+@pytest.mark.parametrize("steps", (300, 3000, 10_000, 50_000, 200_000, 400_000))
+def test_numbers_at_the_axes_of_curves(steps):
+    """However long a run is, each axis has two numbers or more, and none of them runs into the next."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    log = [dict(stage=stage, step=step, loss=loss, recon=99 * loss, kl=30) for stage in ("vae", "ddpm")
+           for step, loss in ((100, 0.3), (steps, 0.03))]
+    fig = diffusevae.draw_curves(log)
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    for ax in fig.axes:
+        for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            ticks = zip(axis.get_majorticklocs(), axis.get_majorticklabels())
+            labels = [label for at, label in ticks if low <= at <= high and label.get_text()]
+            boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+            assert len(boxes) >= 2 and not any(one.overlaps(two) for one, two in zip(boxes, boxes[1:]))
+
+
+def test_a_plain_ddpm_is_not_told_of_a_vae(capsys):
+    """Formulation none has no VAE, and no word of it or of refinement is printed."""
+    assert command("--run-dir", "r", "--formulation", "none") == 0
+    out = capsys.readouterr().out
+    assert "VAE" not in out and "refined" not in out and "prior" not in out
+
+
+@pytest.mark.usefixtures("rendered")
+def test_latents_do_not_depend_on_the_number_of_samples():
+    """latents.png is of eight test images, however many samples are asked for."""
+    assert command("--run-dir", "r", num_samples=4) == 0
+    sizes = [Image.open("r/latents.png").size]
+    for n in (8, 1):
+        Path("r/latents.png").unlink()
+        assert command("--run-dir", "r", "--stage", "sample", **small(num_samples=n)) == 0
+        assert Path("r/latents.png").exists(), n
+        sizes.append(Image.open("r/latents.png").size)
+    assert len(set(sizes)) == 1, sizes
+
+
+def test_a_picture_interrupted_leaves_no_file():
+    """Ctrl-C while a picture is written leaves no temporary file."""
+    def fail(path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        diffusevae.write_beside(Path("x.png"), fail)
+    assert not files(".")
+
+
+@pytest.mark.parametrize("size", (34, 51, 64, 99))
+def test_a_progress_image_is_about_100_pixels(size):
+    """Every image of a progress picture is enlarged to 70 to 140 pixels, where its own size allows."""
+    torch.manual_seed(0)
+    model = diffusevae.DiffuseVAE(tiny(formulation="none", image_size=size + size % 2, heads=0, steps=1))
+    diffusevae.draw_progress(model, "ddpm", torch.zeros(1, 3, size, size), Path("p.png"))
+    assert 70 <= Image.open("p.png").size[0] - 4 <= 140
+
+
+def test_an_error_on_a_terminal_has_a_line_of_its_own(monkeypatch):
+    """The line that a transient one left is ended before an error is printed, to standard error, below it."""
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+
+    def full(model, state):
+        if state["steps"]["vae"] == 2:
+            raise OSError("could not write r/model.pt")
+
+    monkeypatch.setattr(diffusevae, "save_checkpoint", full)
+    codes, words = [], ("--run-dir", "r", "--log-every", 1, "--save-every", 2)
+    text = on_terminal(monkeypatch, lambda: codes.append(command(*words)))
+    assert codes == [2] and text.endswith("\n") and text.splitlines()[-1].lstrip("\r").startswith("vae 2/4")
+
+
+# --------------------------------------------------------------------------------------------------------
 # The file as a library
 # --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names, use", (
     ("VAE", "VAE(8, 3, 4, 4).loss(torch.zeros(2, 3, 8, 8))[0]"),
-    ("UNet ResBlock Attention zero_module group_norm timestep_embedding",
+    ("UNet ResBlock Attention zero_module GroupNorm timestep_embedding",
      "UNet(8, 3, 3, 8, (1, 2), 1, heads=1)(x, torch.zeros(2), x)"),
     ("GaussianDiffusion timesteps_for randn extract discretized_log_prob",
      "GaussianDiffusion(20).sample(lambda x, t: x, x, 3, eta=1.0)"
@@ -1948,6 +3253,99 @@ def test_part_one_needs_torch_alone():
     assert model.loss(x).isfinite() and model.sample(2, prior="normal").shape == x.shape
     assert model.sample(2, space["generators"](0, "sample", [3, 4]), prior="normal").shape == x.shape
     assert not {"argparse", "np", "Config", "train"} & space.keys()
+
+
+def test_loading_under_other_defaults():
+    """In a notebook whose default is float64 or another device a run loads, and samples as elsewhere."""
+    assert command("--run-dir", "r", "--stage", "ddpm") == 0
+    draw = lambda model: model.sample(3, each_seeded(1, 2, 3), eta=1.0, prior="normal")
+    expected = draw(DiffuseVAE.load("r", "cpu"))
+    try:
+        torch.set_default_dtype(torch.float64)
+        double = DiffuseVAE.load("r", "cpu")
+        assert draw(double).isfinite().all() and double.sample(3).isfinite().all()
+        assert double.reconstruct(diffusevae.to_float(torch.zeros(2, 3, 8, 8).byte()).double())[0].shape == (2, 3, 8, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    single = double.float()
+    assert torch.equal(draw(single), expected)    # the weights are those of the run
+    try:
+        torch.set_default_device("meta")
+        model, state = diffusevae.load_run("r")
+        loaded = DiffuseVAE.load("r", "cpu")
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(draw(loaded), expected)
+    assert torch.allclose(draw(model), expected, atol=1e-5)    # not yet channels last: sums in another order
+    assert state["steps"] == dict(vae=4, ddpm=4) and loaded.sample(3).isfinite().all()
+    model.config.ddpm_steps = 6    # and trains on
+    assert [row["step"] for row in train_ddpm(model, diffusevae.draw_shapes(8, 8, 0)[0], state)] == [6]
+
+
+def test_devices_and_layouts():
+    """A device is given as a name or as torch has it, what is missing is refused; channels last, but not on MPS."""
+    assert command("--run-dir", "r", "--stage", "ddpm") == 0
+    for name in ("cpu", torch.device("cpu")):
+        assert diffusevae.find_device(name) == torch.device("cpu")
+        weight = DiffuseVAE.load("r", name).unet.middle[0].second[2].weight
+        assert weight.device.type == "cpu" and weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+    for name in ("cuda:7", "cuda:x", "xpu:9", "gpu", ""):
+        with pytest.raises(ValueError, match=f"device {name} is not available"):
+            DiffuseVAE.load("r", name)
+    last = {kind: diffusevae.layout(torch.device(kind)) == torch.channels_last for kind in ("cpu", "cuda", "mps")}
+    assert last == dict(cpu=True, cuda=True, mps=False)
+    assert diffusevae.layout(torch.device("mps")) == torch.contiguous_format
+    batch = diffusevae.random_batch(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), 4, True, torch.device("cpu"))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+class Pipe:
+    """Standard output as some servers have it: it can be written to, and little more."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def isatty(self):
+        return False
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("stream", (io.StringIO, Pipe, lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii")))
+def test_any_standard_output_will_do(monkeypatch, stream):
+    """The file runs as a program where standard output is no terminal and no file; names may be beyond ASCII."""
+    out = stream()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "argv", ["diffusevae.py", "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(diffusevae.__file__, run_name="__main__")
+        diffusevae.report("ünter")
+    out.flush()
+    text = (out.getvalue() if isinstance(out, io.StringIO) else out.text if isinstance(out, Pipe)
+            else out.buffer.getvalue().decode())
+    assert end.value.code == 0 and text.startswith("usage: python diffusevae.py")
+    assert text.endswith("\\xfcnter\n" if isinstance(out, io.TextIOWrapper) else "ünter\n")
+
+
+def test_lines_that_are_overwritten(capsys, monkeypatch):
+    """In a notebook each line starts over the last and covers it, 79 columns wide; elsewhere there are plain lines."""
+    def told():
+        diffusevae.report("step 1", transient=True)
+        diffusevae.report("step 2", transient=True)
+        diffusevae.report("done")
+        return capsys.readouterr().out
+
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    assert told() == "step 1\nstep 2\ndone\n"
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    pad = lambda text: "\r" + text + " " * (79 - len(text))
+    assert told() == pad("step 1") + pad("step 2") + pad("done") + "\n"
 
 
 def test_notebook(tmp_path, monkeypatch):
