@@ -643,7 +643,7 @@ class GaussianMixture(nn.Module):
                 root = responsibilities[near, k, None].sqrt()
                 y = ((z[near] - self.means[k]) * root).double()    # float32 may be singular
                 covariances.append(y.T @ y / mass[k] + floor)
-            self.scale_tril = torch.linalg.cholesky(torch.stack(covariances)).to(z)
+            self.scale_tril = torch.linalg.cholesky(torch.stack(covariances)).to(z).contiguous()
             joint = self.joint_log_prob(z)
             likelihood = joint.logsumexp(1).mean().item()
             self.history.append(likelihood)
@@ -974,19 +974,21 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
+            if f.type in (str, float, tuple):    # a Path, a NumPy number or a list would not load
+                value = f.type(value)
+                setattr(self, f.name, value)
             if choices and value not in choices:
                 words = ", ".join(map(str, choices))
                 raise ValueError(f"{flag(f.name)} must be one of {words}, got {value!r}")
             low, high = f.metadata["range"]
             numbers = value if f.type is tuple else [value] if f.type in (int, float) else []
             if not all(low <= number <= high for number in numbers):
-                limits = f"between {low} and {high}" if high < 10**9 else f"at least {low}"
-                raise ValueError(f"{flag(f.name)} must be {limits}, got {value}")
+                raise ValueError(f"{flag(f.name)} must be between {low} and {high}, got {value}")
         if self.dataset == "folder":
-            self.data_dir = str(Path(self.data_dir).expanduser().resolve())
+            self.data_dir = str(Path(os.path.expanduser(self.data_dir)).resolve())
         name = f"folder-{Path(self.data_dir).name}" if self.dataset == "folder" else self.dataset
         self.run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
-        self.run_dir = str(Path(self.run_dir).expanduser())
+        self.run_dir = os.path.expanduser(self.run_dir)
         if self.dataset == "folder" and Path(self.run_dir).resolve() == Path(self.data_dir):
             raise ValueError("--run-dir must differ from --data-dir, or it would train on samples")
 
@@ -1048,10 +1050,15 @@ def flag(name):
 
 def report(text, transient=False):
     """Print a line. On a terminal or in a notebook, the next line overwrites a transient one."""
-    if sys.stdout.isatty() or "ipykernel" in sys.modules:
-        print("\r" + text.ljust(79), end="" if transient else "\n", flush=True)
-    else:
-        print(text, flush=True)
+    terminal = sys.stdout and sys.stdout.isatty() or "ipykernel" in sys.modules
+    try:
+        if terminal:
+            print("\r" + text.ljust(79), end="" if transient else "\n", flush=True)
+        else:
+            print(text, flush=True)
+    except OSError as e:    # a closed pipe, a full disk
+        print(f"cannot print ({e.strerror}); continuing silently", file=sys.stderr)
+        sys.stdout = None
 
 def find_device(name="auto"):
     """"auto", "cuda", "cuda:1", "mps", "cpu" or a torch.device -> torch.device.
@@ -1179,6 +1186,7 @@ def paint_shapes(size, label, x, y, radius, hue, background, phase):
 def decode_image(path, size, channels=3):
     """Image file -> uint8 array [channels, *size], upright and center-cropped; None if unusable."""
     from PIL import Image, ImageOps    # comes with torchvision
+    Image.MAX_IMAGE_PIXELS = None    # no limit: photographs can be large
     try:
         im = Image.open(path)
         im.load()
@@ -1232,7 +1240,7 @@ def load_folder(folder, size, train, channels=3):
     files = find_images(folder)
     classes = sorted({path.parts[0] for path in files})
     labeled = all(len(path.parts) > 1 for path in files)
-    rank = {path: zlib.crc32(path.as_posix().encode()) for path in files}
+    rank = {path: zlib.crc32(path.as_posix().encode(errors="surrogateescape")) for path in files}
     limit = max(2**32 // 20, min(rank.values(), default=0))    # at least one image is for tests
     files = [path for path in files if (rank[path] > limit) == train]
     report(f"reading {len(files)} images in {folder}")
@@ -1270,9 +1278,9 @@ def load_images(name, data_dir, image_size, split, channels=3):
     kind = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")[name]
     try:
         data = getattr(torchvision.datasets, kind)(data_dir, train=train, download=True)
-    except (RuntimeError, OSError) as e:
-        raise ValueError(f"could not download {name} to --data-dir {data_dir} ({e}); check the "
-                         "network or copy the files there") from None
+    except (RuntimeError, OSError, ValueError) as e:
+        raise ValueError(f"could not download or read {name} in --data-dir {data_dir} ({e}); check "
+                         "the network, or delete damaged files there") from None
     images = torch.as_tensor(data.data)    # [N, 28, 28] or [N, 32, 32, 3]
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)    # [N, C, ...]
     if images.shape[3] != image_size:
@@ -1485,7 +1493,7 @@ def load_run(run_dir, trained=False):
     Raises ValueError if model.pt is missing, damaged or of another format, or if it must be
     `trained` and its U-Net is not.
     """
-    path = Path(run_dir, "model.pt").expanduser()
+    path = Path(os.path.expanduser(run_dir), "model.pt")
     if not path.exists():
         raise ValueError(f"no model.pt in {run_dir}; train first, or set --run-dir")
     try:
@@ -1749,7 +1757,12 @@ def open_run(given):
 
 def train(model, state):
     """Train what --stage asks for and is not trained yet, and save checkpoints."""
-    c, images = model.config, load_split(model.config, "train")
+    c, steps = model.config, state["steps"]
+    vae_done = not model.vae or steps["vae"] >= c.vae_steps and model.mixture.fitted
+    if vae_done and steps["ddpm"] >= c.ddpm_steps:    # no images needed
+        report(f"training in {c.run_dir} is complete")
+        return
+    images = load_split(c, "train")
     if model.vae and state["steps"]["ddpm"] > 0 and state["steps"]["vae"] < c.vae_steps:
         raise ValueError(f"cannot continue VAE training in {c.run_dir}: the U-Net depends on the "
                          f"VAE; use a new --run-dir or --vae-steps {state['steps']['vae']}")
@@ -1858,13 +1871,14 @@ def main(argv=None):
         return 130
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if out_of_memory(e):
+            reason = str(e).split("\n")[0]
             e = ("out of memory; lower --batch-size, --vae-batch or --sample-batch, or choose "
-                 f"smaller networks or images ({e})")
+                 f"smaller networks or images ({reason})")
         elif isinstance(e, RuntimeError):    # a bug, or an error the user cannot fix
             raise
-        if sys.stdout.isatty():    # after a transient line
+        if sys.stdout and sys.stdout.isatty():    # after a transient line
             print()
-        print("diffusevae:", str(e).split("\n")[0], file=sys.stderr)
+        print("diffusevae:", " ".join(str(e).split()), file=sys.stderr)
         return 2
 
 if __name__ == "__main__":

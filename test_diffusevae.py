@@ -2058,7 +2058,7 @@ def refusal(capsys, code):
     ("--dataset folder --data-dir nowhere --attention none", "nowhere is not a folder"),
     ("--image-size 9", "image_size 9 must be divisible by 2"), ("--attention 5", "no 5x5 feature maps"),
     ("--heads 3", "heads must divide"),
-    ("--steps 0", "--steps must be at least 1, got 0"), ("--steps -1", "--steps must be at least 1, got -1"),
+    ("--steps 0", "--steps must be between 1 and 1000000000, got 0"), ("--steps -1", "must be between 1 and 1000000000, got -1"),
     ("--steps 1001", "steps must be between 1 and 1000"), ("--eta 1.5", "--eta must be between 0 and 1, got 1.5"),
     ("--eta -0.1", "--eta must be between 0 and 1, got -0.1"), ("--eta nan", "--eta must be between"),
     ("--lr inf", "--lr must be between"), ("--variance large", "variance large needs"),
@@ -3216,6 +3216,55 @@ def test_an_error_on_a_terminal_has_a_line_of_its_own(monkeypatch):
     codes, words = [], ("--run-dir", "r", "--log-every", 1, "--save-every", 2)
     text = on_terminal(monkeypatch, lambda: codes.append(command(*words)))
     assert codes == [2] and text.endswith("\n") and text.splitlines()[-1].lstrip("\r").startswith("vae 2/4")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """A file name of another encoding is read like any other."""
+    for name in (b"caf\xe9.png", b"plain.png", b"more.png"):
+        Image.fromarray(np.full((9, 9), 50, np.uint8)).save(tmp_path / "x.png")
+        os.rename(tmp_path / "x.png", os.path.join(os.fsencode(tmp_path), name))
+    sizes = [len(diffusevae.load_images("folder", tmp_path, 8, split)[0]) for split in ("train", "test")]
+    assert sum(sizes) == 3 and min(sizes) > 0
+
+
+def test_a_loaded_mixture_samples_the_same():
+    """To the bit: what a run samples after training, a later process samples from the file."""
+    mixture = GaussianMixture(2, 64).fit(torch.randn(300, 64), generator=torch.Generator().manual_seed(0))
+    again = GaussianMixture(2, 64)
+    again.load_state_dict({name: value.clone(memory_format=torch.contiguous_format)
+                           for name, value in mixture.state_dict().items()})
+    one, two = (m.sample(50, torch.Generator().manual_seed(1)) for m in (mixture, again))
+    assert mixture.scale_tril.is_contiguous() and torch.equal(one, two)
+
+
+def test_standard_output_that_is_closed(capsys, monkeypatch):
+    """Without a standard output, or with a pipe that breaks, training goes on to its end."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert command("--run-dir", "r") == 0
+
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr(sys, "stdout", Broken())
+    assert command("--run-dir", "s") == 0 and "Broken pipe" in capsys.readouterr().err
+    assert alike("r/model.pt", "s/model.pt")
+
+
+def test_a_finished_run_needs_no_data(capsys, monkeypatch):
+    """When training is done, the same command samples although the images are gone; ~nosuch is a plain name."""
+    assert command("--run-dir", "~nosuch/r") == 0 and Path("~nosuch/r/model.pt").exists()
+
+    def gone(config, split):
+        raise ValueError("the images are gone")
+    monkeypatch.setattr(diffusevae, "load_split", gone)
+    capsys.readouterr()
+    assert command("--run-dir", "~nosuch/r") == 0 and "is complete" in capsys.readouterr().out
+
+
+def test_config_takes_paths_and_numpy_numbers():
+    """Values that a checkpoint could not hold are made plain: a Path, a NumPy number, a list."""
+    c = Config.preset("shapes", run_dir=Path("r"), lr=np.float32(0.5), unet_mults=[1, 2])
+    assert (c.run_dir, c.lr, c.unet_mults) == ("r", 0.5, (1, 2)) and type(c.lr) is float
 
 
 # --------------------------------------------------------------------------------------------------------
