@@ -643,7 +643,7 @@ class GaussianMixture(nn.Module):
                 root = responsibilities[near, k, None].sqrt()
                 y = ((z[near] - self.means[k]) * root).double()    # float32 may be singular
                 covariances.append(y.T @ y / mass[k] + floor)
-            self.scale_tril = torch.linalg.cholesky(torch.stack(covariances)).to(z).contiguous()
+            self.scale_tril = torch.linalg.cholesky(torch.stack(covariances)).to(z)
             joint = self.joint_log_prob(z)
             likelihood = joint.logsumexp(1).mean().item()
             self.history.append(likelihood)
@@ -651,6 +651,7 @@ class GaussianMixture(nn.Module):
                 break
             previous = likelihood
             responsibilities = joint.softmax(1)
+        self.scale_tril = self.scale_tril.contiguous()    # as a checkpoint will load it
         self.fitted.fill_(True)
         return self
 
