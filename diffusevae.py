@@ -1764,9 +1764,9 @@ def train(model, state):
         report(f"training in {c.run_dir} is complete")
         return
     images = load_split(c, "train")
-    if model.vae and state["steps"]["ddpm"] > 0 and state["steps"]["vae"] < c.vae_steps:
+    if model.vae and steps["ddpm"] > 0 and steps["vae"] < c.vae_steps:
         raise ValueError(f"cannot continue VAE training in {c.run_dir}: the U-Net depends on the "
-                         f"VAE; use a new --run-dir or --vae-steps {state['steps']['vae']}")
+                         f"VAE; use a new --run-dir or --vae-steps {steps['vae']}")
     if model.vae and len(images) < c.gmm_components:
         raise ValueError(f"--gmm-components {c.gmm_components} exceeds the {len(images)} training "
                          "images; lower it")
