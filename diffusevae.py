@@ -625,8 +625,8 @@ class GaussianMixture(nn.Module):
         (N, D), (K, dim) = z.shape, self.means.shape
         if D != dim:
             raise ValueError(f"z must be [N, {dim}], got [{N}, {D}]")
-        if N < K or not z.isfinite().all():
-            finite = int(z.isfinite().all(1).sum())
+        finite = int(z.isfinite().all(1).sum())
+        if N < K or finite < N:
             raise ValueError(f"{K} gmm_components need at least {K} points, all finite; got {N}, "
                              f"{finite} of them finite")
         variance = z.var(0, unbiased=False).mean()
@@ -1619,23 +1619,23 @@ def draw_latents(model, x):
     Reconstructions with random and with inverted noise, then interpolation between the first two
     images, in z with the noise fixed and in the noise with z fixed.
     """
-    options = dict(steps=min(model.config.steps, 25))
-    z, noise = model.invert(x, **options)
-    options |= dict(eta=0.0, variance="small")
+    steps = min(model.config.steps, 25)
+    z, noise = model.invert(x, steps=steps)
     random = model.noise(len(x), generators(model.config.seed, "latents", range(len(x))))
-    rows = {"VAE": model.vae.decode(z)}
-    rows["random noise"] = model.decode(z, random, **options)
-    rows["inverted noise"] = model.decode(z, noise, **options)
-    images, labels = [x, *rows.values()], ["test image"]
-    labels += [f"{name}\nMSE {(y - x).square().mean():.4f}" for name, y in rows.items()]
+    decode = functools.partial(model.decode, steps=steps, eta=0.0, variance="small")
+    rows = {"test image": x, "VAE": model.vae.decode(z), "random noise": decode(z, random),
+            "inverted noise": decode(z, noise)}
+    labels = [f"{name}\nMSE {(y - x).square().mean():.4f}" for name, y in rows.items()]
+    labels[0] = "test image"
+    images = list(rows.values())
     u = torch.linspace(0, 1, len(x), device=x.device)
     z_path = torch.lerp(z[0], z[1], u[:, None])    # [N, z_dim]
     walks = {"z": (z_path, noise[:1].expand_as(noise)),
              "noise": (z[:1].expand_as(z), slerp(noise[0], noise[1], u))}
     for name, (z_walk, noise_walk) in walks.items():
-        images += [model.vae.decode(z_walk), model.decode(z_walk, noise_walk, **options)]
-        labels += [f"{name} from 1 to 2\nVAE", "refined"]
-    title = "reconstruction and interpolation"
+        images += [model.vae.decode(z_walk), decode(z_walk, noise_walk)]
+        labels += [f"walk in {name}\nVAE", f"walk in {name}\nrefined"]
+    title = "reconstruction, then walks from the first test image to the second"
     return draw_grids([(title, torch.cat(images))], len(x), rows=labels)
 
 def sample_images(model):
