@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.5.1", "torchvision", "numpy", "matplotlib"]
 # ///
-"""DiffuseVAE in one file: a VAE generates a blurry image, a conditional DDPM refines it.
+"""DiffuseVAE in one file: a VAE generates a blurry image; a conditional DDPM refines it.
 
     python diffusevae.py                              # built-in shapes: trains and samples on a CPU
     python diffusevae.py --dataset cifar10            # the real thing, on one CUDA GPU
@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ==================================================================================================
-# Part one, the model. It needs PyTorch alone (DiffuseVAE.load needs part two). Sections 1 to 4 can
+# Part one, the model. It needs only PyTorch (DiffuseVAE.load needs part two). Sections 1 to 4 can
 # be copied one at a time; section 4 also needs `randn` from section 2.
 # ==================================================================================================
 
@@ -84,14 +84,14 @@ class VAE(nn.Module):
     def encode(self, x):
         """Images [B, C, S, S] -> mu and logvar of q(z|x), each [B, z_dim]."""
         mu, logvar = self.encoder(x).to(x.dtype).chunk(2, dim=1)    # fp32 again after autocast
-        return mu, logvar.clamp(-20, 20)    # exp() of more would swamp the loss
+        return mu, logvar.clamp(-20, 20)    # beyond, exp() swamps the loss
 
     def decode(self, z):
         """Codes z [B, z_dim] -> blurry images x_hat [B, C, S, S] in [-1, 1]."""
         return self.decoder(z).to(z.dtype)
 
     def forward(self, x):
-        """Images [B, C, S, S] -> x_hat = decode(z) for one z ~ q(z|x) per image, mu, logvar."""
+        """Images [B, C, S, S] -> x_hat, mu, logvar; x_hat decodes one z ~ q(z|x) per image."""
         mu, logvar = self.encode(x)
         z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
         return self.decode(z), mu, logvar
@@ -115,13 +115,13 @@ class VAE(nn.Module):
 # 2 Diffusion: adding noise and removing it, with any network
 # --------------------------------------------------------------------------------------------------
 def randn(shape, like, generator=None):
-    """Standard normal noise of a shape, with the dtype and device of `like`.
+    """Standard normal noise of `shape`, with the dtype and device of `like`.
 
     `generator` is None, a torch.Generator, or a list of shape[0] CPU generators, one per image.
-    A list makes the noise of an image independent of its batch; ValueError for a wrong length.
+    With a list, the noise of an image does not depend on its batch; ValueError for a wrong length.
     """
     if isinstance(generator, (list, tuple)):
-        noise = torch.empty(shape, dtype=like.dtype, device="cpu")
+        noise = like.new_empty(shape, device="cpu")
         for row, g in zip(noise, generator, strict=True):
             row.normal_(generator=g)
     else:
@@ -130,7 +130,7 @@ def randn(shape, like, generator=None):
     return noise.to(like.device)
 
 def stream(seed, name, index):
-    """The random seed of one training step or image: 32 bits, as a CPU generator uses.
+    """The seed of one training step or image: 32 bits, all that a CPU generator uses.
 
     The golden-ratio constant gives neighbouring indices distant seeds.
     """
@@ -154,18 +154,17 @@ def discretized_log_prob(x, mean, std):
     p = torch.where(x > 0.999, 1.0, upper) - torch.where(x < -0.999, 0.0, lower)
     return p.clamp(min=1e-12).log()
 
-def timesteps_for(timesteps, steps, spacing="quad"):
-    """Choose `steps` of the timesteps 0..T-1, T = `timesteps`: long [steps], increasing.
+def timesteps_for(T, n, spacing="quad"):
+    """Choose n of the timesteps 0..T-1: long [n], increasing.
 
         uniform   i T // n                          "linear" in DDIM (2010.02502, appendix D.2)
-        trailing  (i + 1) T // n - 1                starts at T - 1, where x_t is pure noise
-        quad      max(i, (i + 1)^2 T // n^2 - 1)    so does this; most steps at little noise
+        trailing  (i + 1) T // n - 1                ends at T - 1, where x_t is pure noise
+        quad      max(i, (i + 1)^2 T // n^2 - 1)    so does this; most timesteps at low noise
 
-    with n = steps and i = 0..n-1. DDIM's quadratic spacing stops at 0.8 T, where x_t is not yet
+    with i = 0..n-1. DDIM's quadratic spacing stops at 0.8 T, where x_t is not yet
     pure noise. A single step is always [T - 1]. Raises ValueError if n is not in 1..T or the
     spacing is unknown.
     """
-    T, n = timesteps, steps
     if not 1 <= n <= T:
         raise ValueError(f"steps must be between 1 and {T}, the number of timesteps; got {n}")
     i = torch.arange(n)
@@ -250,7 +249,7 @@ class GaussianDiffusion(nn.Module):
         return self.alpha_bar[t].item() if t >= 0 else 1.0
 
     def q_sample(self, x0, t, noise, shift=0):
-        """x_t ~ q(x_t | x_0) [B, ...] from x0, noise [B, ...] and t [B] (2006.11239, eq. 4)."""
+        """x_t ~ q(x_t | x_0) [B, ...] from x0, noise [B, ...]; t is [B] or one int (eq. 4)."""
         signal, std = self.coefficients(t, x0.shape)
         return signal * x0 + std * noise + shift
 
@@ -261,13 +260,20 @@ class GaussianDiffusion(nn.Module):
         signal, std = self.coefficients(t, x0.shape)
         return signal * noise - std * x0
 
-    def predict_x0(self, x_t, t, out, shift=0):
-        """x_0 and eps, both [B, ...], from the network's output at x_t; t is [B] or one int."""
+    def predict_x0(self, x_t, t, out, shift=0, clip=False):
+        """x_0 and eps, both [B, ...], from the network's output at x_t; t is [B] or one int.
+
+        `clip` keeps x_0 in [-1, 1]. eps is consistent with the clipped x_0.
+        """
         signal, std = self.coefficients(t, x_t.shape)
         y = x_t - shift
         if self.predict == "eps":
-            return (y - std * out) / signal, out
-        return signal * y - std * out, std * y + signal * out
+            x0 = (y - std * out) / signal
+        else:
+            x0 = signal * y - std * out
+        if clip:
+            x0 = x0.clamp(-1, 1)
+        return x0, (y - signal * x0) / std
 
     def loss(self, network, x0, shift=0):
         """Mean squared error of the network's prediction for images x0 [B, ...], a scalar.
@@ -282,34 +288,14 @@ class GaussianDiffusion(nn.Module):
         return F.mse_loss(out, self.target(x0, t, noise))
 
     def posterior_variance(self, t, s):
-        """The variance of q(x_s | x_t, x_0), a float, for ints t > s."""
+        """The variance of q(x_s | x_t, x_0), a float, for ints t > s (2006.11239, equation 7)."""
         a_t, a_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
         return (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
 
-    def q_posterior(self, x0, x_t, t, s=None, shift=0):
-        """q(x_s | x_t, x_0): its mean [B, ...] and variance, a float (2006.11239, eqs. 6 and 7).
-
-        t and s < t are ints. s is t - 1 by default; -1 is the clean image.
-        """
-        s = t - 1 if s is None else s
-        a_t, a_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
-        beta = 1 - a_t / a_s    # of the jump from s to t
-        y = x_t - shift
-        mean = beta * a_s**0.5 * x0 + (1 - beta) ** 0.5 * (1 - a_s) * y
-        mean = mean / (1 - a_t)
-        if s >= 0:
-            mean = mean + shift
-        return mean, self.posterior_variance(t, s)
-
     def denoise(self, network, x_t, t, shift=0, clip=True):
-        """The network's x_0 and eps at x_t [B, ...], for one int t; `clip` keeps x_0 in [-1, 1]."""
+        """Call the network at x_t [B, ...], for one int t -> its x_0 and eps; see `predict_x0`."""
         out = network(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        x0, eps = self.predict_x0(x_t, t, out, shift)
-        if clip:
-            signal, std = self.coefficients(t, x_t.shape)
-            x0 = x0.clamp(-1, 1)
-            eps = (x_t - shift - signal * x0) / std    # consistent with the clipped x_0
-        return x0, eps
+        return self.predict_x0(x_t, t, out, shift, clip)
 
     def step_pairs(self, steps, eta=0.0, spacing="quad", variance="small"):
         """The (t, s) of each sampling step, from noise to image. ValueError for bad options."""
@@ -335,16 +321,16 @@ class GaussianDiffusion(nn.Module):
         """
         x = noise + shift
         for t, s in self.step_pairs(steps, eta, spacing, variance):
-            a_t, a_s = self.alpha_bar_at(t), self.alpha_bar_at(s)
+            a_s = self.alpha_bar_at(s)
             x0, eps = self.denoise(network, x, t, shift, clip)
             sigma = eta * self.posterior_variance(t, s) ** 0.5
             x = a_s**0.5 * x0 + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps    # max: rounding
             if s >= 0:    # the clean image has no shift and no noise
                 x = x + shift
-            if s >= 0 and eta > 0:
                 if variance == "large":
-                    sigma = (1 - a_t / a_s) ** 0.5
-                x = x + sigma * randn(x.shape, x, generator)
+                    sigma = (1 - self.alpha_bar_at(t) / a_s) ** 0.5
+                if sigma > 0:
+                    x = x + sigma * randn(x.shape, x, generator)
             yield s, x, x0
 
     def sample(self, network, noise, steps, eta=0.0, **options):
@@ -397,13 +383,12 @@ class GaussianDiffusion(nn.Module):
         L_T = bits(0.5 * (a_T * x0.square() - a_T - math.log1p(-a_T)))
         L_t = torch.zeros_like(L_T)
         for t in reversed(range(self.timesteps)):
-            timestep = torch.full((len(x0),), t, device=x0.device)
-            x_t = self.q_sample(x0, timestep, randn(x0.shape, x0, generator), shift)
+            x_t = self.q_sample(x0, t, randn(x0.shape, x0, generator), shift)
             pred_x0, _ = self.denoise(network, x_t, t, shift)
-            if t > 0:    # two Gaussians of the same variance
-                mean, variance = self.q_posterior(x0, x_t, t, shift=shift)
-                pred_mean, _ = self.q_posterior(pred_x0, x_t, t, shift=shift)
-                L_t = L_t + bits((mean - pred_mean).square() / (2 * variance))
+            if t > 0:    # half the fall of the signal-to-noise ratio (arXiv 2107.00630)
+                a_t, a_s = self.alpha_bar_at(t), self.alpha_bar_at(t - 1)
+                weight = 0.5 * (a_s / (1 - a_s) - a_t / (1 - a_t))
+                L_t = L_t + bits(weight * (x0 - pred_x0).square())
         std = self.posterior_variance(1, 0) ** 0.5
         L_0 = bits(-discretized_log_prob(x0, pred_x0, std))
         return {"L_T": L_T, "L_t": L_t, "L_0": L_0, "total": L_T + L_t + L_0}
@@ -412,9 +397,9 @@ class GaussianDiffusion(nn.Module):
 # 3 U-Net: the network that denoises
 # --------------------------------------------------------------------------------------------------
 class UNet(nn.Module):
-    """DDPM's U-Net (arXiv 2006.11239, appendix B), with x_hat as further input channels.
+    """DDPM's U-Net (arXiv 2006.11239, appendix B), with x_hat as extra input channels.
 
-    As in arXiv 2102.09672, blocks are scaled and shifted by the embedding and attention has heads.
+    As in arXiv 2102.09672, the embedding scales and shifts each block, and attention has heads.
 
     For 32x32 images, width 128, mults (1, 2, 2, 2), two residual blocks and attention at 16:
 
@@ -451,37 +436,36 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()    # one entry per resolution
 
         c, skips = width, []    # channels of the current map, and of the maps kept for the way up
-        for mult, size in zip(mults, sizes):
+        levels = [(mult * width, heads * (size in attention)) for mult, size in zip(mults, sizes)]
+        for i, (c_out, level_heads) in enumerate(levels):
             downsample, blocks = nn.Identity(), nn.ModuleList()
-            if size < image_size:
+            if i > 0:
                 downsample = nn.Conv2d(c, c, 3, stride=2, padding=1)
             skips.append(c)
             for _ in range(res_blocks):
-                level_heads = heads if size in attention else 0
-                blocks.append(ResBlock(c, mult * width, emb, dropout, level_heads))
-                c = mult * width
+                blocks.append(ResBlock(c, c_out, emb, dropout, level_heads))
+                c = c_out
                 skips.append(c)
             self.down.append(nn.ModuleList([downsample, blocks]))
         self.middle = nn.ModuleList(
             [ResBlock(c, c, emb, dropout, heads), ResBlock(c, c, emb, dropout)])
-        for mult, size in zip(reversed(mults), reversed(sizes)):
+        for i, (c_out, level_heads) in enumerate(reversed(levels)):
             upsample, blocks = nn.Identity(), nn.ModuleList()
-            if size > sizes[-1]:
+            if i > 0:
                 upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
             for _ in range(res_blocks + 1):
-                level_heads = heads if size in attention else 0
-                blocks.append(ResBlock(c + skips.pop(), mult * width, emb, dropout, level_heads))
-                c = mult * width
+                blocks.append(ResBlock(c + skips.pop(), c_out, emb, dropout, level_heads))
+                c = c_out
             self.up.append(nn.ModuleList([upsample, blocks]))
-        last = zero_module(nn.Conv2d(c, channels, 3, padding=1))
-        self.last = nn.Sequential(GroupNorm(c), nn.SiLU(), last)
+        self.last = nn.Sequential(
+            GroupNorm(c), nn.SiLU(), zero_module(nn.Conv2d(c, channels, 3, padding=1)))
 
     def forward(self, x_t, t, x_hat=None, z=None):
         """x_t [B, C, S, S], t [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> like x_t."""
         if (x_hat is None) != (self.cond_channels == 0) or (z is None) != (self.embed_z is None):
             raise ValueError("x_hat is required if cond_channels > 0, else None; z if z_dim > 0")
         emb = self.embed_t(timestep_embedding(t, self.width).to(x_t.dtype))
-        if self.embed_z is not None:
+        if z is not None:
             emb = emb + self.embed_z(z)
         emb = F.silu(emb)    # [B, 4 width]
         if x_hat is not None:
@@ -497,7 +481,7 @@ class UNet(nn.Module):
         for block in self.middle:
             h = block(h, emb)
         for upsample, blocks in self.up:
-            h = upsample(h)    # [B, c, S / 2, S / 2] -> [B, c, S, S], except at the first level
+            h = upsample(h)    # [B, c, S / 2, S / 2] -> [B, c, S, S], except at the lowest level
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.last(h).to(x_t.dtype)    # fp32 again after autocast
@@ -510,11 +494,11 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, emb, dropout, heads=0):
         super().__init__()
-        conv = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.first = nn.Sequential(GroupNorm(c_in), nn.SiLU(), conv)
+        self.first = nn.Sequential(
+            GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.norm, self.scale_shift = GroupNorm(c_out), nn.Linear(emb, 2 * c_out)
-        last = zero_module(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), last)
+        self.second = nn.Sequential(
+            nn.SiLU(), nn.Dropout(dropout), zero_module(nn.Conv2d(c_out, c_out, 3, padding=1)))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out, heads) if heads else nn.Identity()
 
@@ -566,7 +550,7 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 def zero_module(module):
-    """Zero all parameters, so that the residual branch that ends in `module` starts as nothing."""
+    """Zero all parameters, so that what ends in `module` (a residual branch) starts as zero."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -575,7 +559,7 @@ def zero_module(module):
 # 4 Mixture: a density fitted to the latent codes, the prior to sample from
 # --------------------------------------------------------------------------------------------------
 def k_means(z, k, generator=None):
-    """Points z [N, D] -> one-hot clusters [N, k], by greedy k-means++ and 20 iterations."""
+    """Points z [N, D] -> one-hot clusters [N, k], by greedy k-means++, then 20 updates."""
     centers = z[:0]    # [number found so far, D]
     gap = torch.full_like(z[:, 0], 1e30)    # squared distance to the nearest center, [N]
     for _ in range(k):    # sample ten points in proportion to gap; keep the best
@@ -586,8 +570,7 @@ def k_means(z, k, generator=None):
         gap = gaps[best]
         centers = torch.cat([centers, candidates[best][None]])
     for _ in range(20):
-        nearest = torch.cdist(z, centers).argmin(1)
-        assignment = F.one_hot(nearest, k).to(z)    # [N, k]
+        assignment = F.one_hot(torch.cdist(z, centers).argmin(1), k).to(z)    # [N, k]
         count = assignment.sum(0)[:, None]
         centers = torch.where(count > 0, assignment.T @ z / count, centers)
     return assignment
@@ -626,11 +609,10 @@ class GaussianMixture(nn.Module):
         if D != dim:
             raise ValueError(f"z must be [N, {dim}], got [{N}, {D}]")
         finite = int(z.isfinite().all(1).sum())
-        if N < K or finite < N:
+        if finite < max(K, N):
             raise ValueError(f"{K} gmm_components need at least {K} points, all finite; got {N}, "
                              f"{finite} of them finite")
-        variance = z.var(0, unbiased=False).mean()
-        floor = (1e-6 * variance + 1e-9) * torch.eye(D).to(z)
+        floor = (1e-6 * z.var(0, unbiased=False).mean() + 1e-9) * torch.eye(D).to(z)
         responsibilities = k_means(z, K, generator)    # p(component | point), [N, K]
         self.history, previous = [], -math.inf
         for _ in range(iterations):
@@ -638,11 +620,10 @@ class GaussianMixture(nn.Module):
             self.weights = mass / mass.sum()
             self.means = responsibilities.T @ z / mass[:, None]
             covariances = []
-            for k in range(K):    # points of negligible responsibility are left out
-                near = (responsibilities[:, k] > 1e-12).nonzero()[:, 0]
-                root = responsibilities[near, k, None].sqrt()
-                y = ((z[near] - self.means[k]) * root).double()    # float32 may be singular
-                covariances.append(y.T @ y / mass[k] + floor)
+            for r, mean, total in zip(responsibilities.T, self.means, mass):
+                near = r > 1e-12    # leave out points of negligible responsibility
+                y = ((z[near] - mean) * r[near, None].sqrt()).double()    # float32 may be singular
+                covariances.append(y.T @ y / total + floor)
             self.scale_tril = torch.linalg.cholesky(torch.stack(covariances)).to(z)
             joint = self.joint_log_prob(z)
             likelihood = joint.logsumexp(1).mean().item()
@@ -651,7 +632,7 @@ class GaussianMixture(nn.Module):
                 break
             previous = likelihood
             responsibilities = joint.softmax(1)
-        self.scale_tril = self.scale_tril.contiguous()    # as a checkpoint will load it
+        self.scale_tril = self.scale_tril.contiguous()    # the layout that loading gives
         self.fitted.fill_(True)
         return self
 
@@ -689,21 +670,20 @@ class GaussianMixture(nn.Module):
 SAMPLING = ("steps", "eta", "spacing", "variance", "prior", "precision")
 
 def half_precision(precision, device):
-    """The dtype of autocast, or None for fp32; "auto" is bf16 on CUDA, or fp16 on old GPUs."""
+    """The dtype of autocast, or None for fp32; "auto": bf16 (old GPUs: fp16) on CUDA only."""
     if precision == "auto" and device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bf16 else torch.float16
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
 def autocast(precision, device):
-    """The context in which networks run in half precision, if they do."""
+    """A context for running networks in half precision, if asked for."""
     dtype = half_precision(precision, device)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 class DiffuseVAE(nn.Module):
     """VAE, diffusion, U-Net and mixture prior together (DiffuseVAE, section 3).
 
-        train      vae.loss(x), then loss(x); both differentiate
+        train      vae.loss(x), then loss(x), with gradients
         generate   sample(n), decode(z), refine(x_hat)
         analyse    encode(x), invert(x), bits_per_dim(x)
 
@@ -822,9 +802,9 @@ class DiffuseVAE(nn.Module):
         x_hat=None.
         """
         c = self.options(options)
-        if noise is None and x_hat is None:
-            raise ValueError("without x_hat, pass noise, for example model.noise(n)")
         if noise is None:
+            if x_hat is None:
+                raise ValueError("without x_hat, pass noise, for example model.noise(n)")
             noise = self.noise(len(x_hat), generator)
         with autocast(c.precision, noise.device):
             return self.diffusion.sample(
@@ -888,96 +868,104 @@ import numpy as np
 # --------------------------------------------------------------------------------------------------
 # 6 Config: every option with its default, its help text and the values it accepts
 # --------------------------------------------------------------------------------------------------
-def option(group, default, help, choices=None, range=(1, 10**9)):
+def option(default, help, choices=None, range=(1, 1_000_000_000)):
     """A field of Config: its choices, or the smallest and the largest number allowed."""
-    metadata = dict(group=group, help=help, choices=choices, range=range)
+    metadata = dict(help=help, choices=choices, range=range)
     return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass
-class Config:
+class RunOptions:
+    """What to do and where. Per command, not saved."""
+    stage: str = option("all", "vae: train the VAE; ddpm: train both; all: also sample",
+                        choices=("all", "vae", "ddpm", "sample"))
+    run_dir: str = option("", "folder of the checkpoint, the log and the pictures")
+    device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
+    precision: str = option("auto", "auto: bf16 (old GPUs: fp16) on CUDA, else fp32",
+                            choices=("auto", "fp32", "bf16", "fp16"))
+    compile: str = option("auto", "use torch.compile; auto: on CUDA, for unet_width >= 64",
+                          choices=("auto", "on", "off"))
+
+@dataclasses.dataclass
+class ModelOptions:
+    """Fixed for the lifetime of a run."""
+    dataset: str = option("shapes", "shapes are generated; folder: your own images",
+                          choices=("shapes", "mnist", "fashion_mnist", "cifar10", "folder"))
+    small: bool = option(False, "cifar10, folder: use networks sized for a CPU")
+    image_size: int = option(32, "height and width of the images", range=(8, 1024))
+    channels: int = option(3, "3: color; 1: gray, for mnist and folder", choices=(1, 3))
+    formulation: str = option("1", "1: x_T ~ N(0, I); 2: x_T ~ N(x_hat, I); none: no VAE",
+                              choices=("1", "2", "none"))
+    z_dim: int = option(512, "size of the latent code")
+    vae_width: int = option(64, "base channels of the VAE")
+    kl_weight: float = option(1.0, "weight of the KL term in the VAE loss", range=(0, 1e6))
+    z_cond: bool = option(False, "condition the U-Net on z as well as on x_hat")
+    unet_width: int = option(128, "base channels of the U-Net", range=(2, 4096))
+    unet_mults: tuple = option((1, 2, 2, 2), "width multiplier per resolution, e.g. 1,2,2")
+    res_blocks: int = option(2, "residual blocks per resolution")
+    attention: tuple = option((16,), "resolutions that attend, besides the middle")
+    heads: int = option(8, "attention heads; 0: no attention", range=(0, 1_000_000_000))
+    dropout: float = option(0.1, "dropout in the U-Net", range=(0, 0.9))
+    timesteps: int = option(1000, "number of diffusion timesteps, T", range=(2, 100_000))
+    schedule: str = option("linear", "how beta grows with t",
+                           choices=("linear", "cosine", "geometric"))
+    predict: str = option("eps", "what the U-Net predicts (v: arXiv 2202.00512)",
+                          choices=("eps", "v"))
+
+@dataclasses.dataclass
+class TrainingOptions:
+    """Saved with a run. A later command may change them."""
+    data_dir: str = option("data", "folder for downloads, or with your images")
+    vae_steps: int = option(100_000, "training steps of the VAE")
+    ddpm_steps: int = option(400_000, "training steps of the U-Net")
+    vae_batch: int = option(128, "batch size of the VAE")
+    batch_size: int = option(128, "batch size of the U-Net")
+    vae_lr: float = option(1e-3, "peak learning rate of the VAE (cosine decay)", range=(1e-9, 1e3))
+    lr: float = option(2e-4, "peak learning rate of the U-Net (cosine decay)", range=(1e-9, 1e3))
+    warmup: int = option(1000, "warm-up steps, at most a tenth of all steps",
+                        range=(0, 1_000_000_000))
+    grad_clip: float = option(1.0, "maximum gradient norm of the U-Net; 0: no clipping",
+                              range=(0, 1_000_000_000))
+    ema: float = option(0.9999, "decay of the moving average of the U-Net's weights",
+                        range=(0, 0.999999))
+    gmm_components: int = option(50, "Gaussians in the mixture prior")
+    hflip: bool = option(True, "flip half of the training images horizontally")
+    save_every: int = option(1000, "training steps between checkpoints (at log rows)")
+    log_every: int = option(100, "training steps between log rows")
+    sample_every: int = option(-1, "training steps between progress pictures, at log "
+                               "rows; 0: none; -1: up to 14 per stage", range=(-1, 1_000_000_000))
+    seed: int = option(0, "random seed of weights, data order, noise and samples",
+                       range=(0, 2**32 - 1))
+
+@dataclasses.dataclass
+class SamplingOptions:
+    """Per command, not saved."""
+    num_samples: int = option(64, "images to sample; at most 64 without --save-images")
+    sample_batch: int = option(250, "batch size of sampling; does not change images")
+    steps: int = option(50, "number of sampling steps, at most --timesteps")
+    eta: float = option(0.0, "0: DDIM; 1: ancestral sampling (DDPM)", range=(0, 1))
+    spacing: str = option("quad", "timesteps to keep; quad: most at low noise",
+                          choices=("uniform", "trailing", "quad"))
+    variance: str = option("small", "large: beta_t; needs eta 1 and steps = timesteps",
+                           choices=("small", "large"))
+    prior: str = option("gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
+                        choices=("gmm", "normal"))
+    save_images: bool = option(False, "also write PNGs to samples/ and vae_samples/")
+
+@dataclasses.dataclass
+class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # last one first
     """All options of a run. `Config.preset("cifar10", lr=1e-4)` starts from a dataset's defaults.
 
     Raises ValueError for a value outside its choices or range. Conflicts between options surface
     when the model is built.
     """
-    # what to do and where: per command, not saved
-    stage: str = option("run", "all", "vae: train the VAE; ddpm: train both; all: ddpm and sample",
-                        choices=("all", "vae", "ddpm", "sample"))
-    run_dir: str = option("run", "", "folder of the checkpoint, the log and the pictures")
-    device: str = option("run", "auto", "auto, cuda, cuda:1, mps or cpu")
-    precision: str = option("run", "auto", "auto: bf16 (old GPUs: fp16) on CUDA, else fp32",
-                            choices=("auto", "fp32", "bf16", "fp16"))
-    compile: str = option("run", "auto", "use torch.compile; auto: on CUDA, for unet_width >= 64",
-                          choices=("auto", "on", "off"))
-
-    # the model: fixed for the lifetime of a run
-    dataset: str = option("model", "shapes", "shapes are generated; folder: your own images",
-                          choices=("shapes", "mnist", "fashion_mnist", "cifar10", "folder"))
-    small: bool = option("model", False, "cifar10, folder: use networks sized for a CPU")
-    image_size: int = option("model", 32, "height and width of the images", range=(8, 1024))
-    channels: int = option("model", 3, "3: color; 1: gray, for mnist and folder", choices=(1, 3))
-    formulation: str = option("model", "1", "1: x_T ~ N(0, I); 2: x_T ~ N(x_hat, I); none: no VAE",
-                              choices=("1", "2", "none"))
-    z_dim: int = option("model", 512, "size of the latent code")
-    vae_width: int = option("model", 64, "base channels of the VAE")
-    kl_weight: float = option("model", 1.0, "weight of the KL term in the VAE loss", range=(0, 1e6))
-    z_cond: bool = option("model", False, "condition the U-Net on z as well as on x_hat")
-    unet_width: int = option("model", 128, "base channels of the U-Net", range=(2, 4096))
-    unet_mults: tuple = option("model", (1, 2, 2, 2), "width multiplier per resolution, e.g. 1,2,2")
-    res_blocks: int = option("model", 2, "residual blocks per resolution")
-    attention: tuple = option("model", (16,), "resolutions that attend, besides the middle")
-    heads: int = option("model", 8, "attention heads; 0: no attention", range=(0, 10**9))
-    dropout: float = option("model", 0.1, "dropout in the U-Net", range=(0, 0.9))
-    timesteps: int = option("model", 1000, "number of diffusion timesteps, T", range=(2, 100_000))
-    schedule: str = option("model", "linear", "how beta grows with t",
-                           choices=("linear", "cosine", "geometric"))
-    predict: str = option("model", "eps", "what the U-Net predicts (v: arXiv 2202.00512)",
-                          choices=("eps", "v"))
-
-    # training: saved with a run; a later command may change them
-    data_dir: str = option("training", "data", "folder for downloads, or of your own images")
-    vae_steps: int = option("training", 100_000, "training steps of the VAE")
-    ddpm_steps: int = option("training", 400_000, "training steps of the U-Net")
-    vae_batch: int = option("training", 128, "batch size of the VAE")
-    batch_size: int = option("training", 128, "batch size of the U-Net")
-    vae_lr: float = option("training", 1e-3, "peak learning rate of the VAE (cosine decay)",
-                           range=(1e-9, 1e3))
-    lr: float = option("training", 2e-4, "peak learning rate of the U-Net (cosine decay)",
-                       range=(1e-9, 1e3))
-    warmup: int = option("training", 1000, "learning rate warm-up, at most a tenth of the steps",
-                        range=(0, 10**9))
-    grad_clip: float = option("training", 1.0, "maximum gradient norm of the U-Net; 0: no clipping",
-                              range=(0, 10**9))
-    ema: float = option("training", 0.9999, "decay of the moving average of the U-Net's weights",
-                        range=(0, 0.999999))
-    gmm_components: int = option("training", 50, "Gaussians in the mixture prior")
-    hflip: bool = option("training", True, "flip half of the training images horizontally")
-    save_every: int = option("training", 1000, "training steps between checkpoints (at log rows)")
-    log_every: int = option("training", 100, "training steps between log rows")
-    sample_every: int = option("training", -1, "training steps between progress pictures, at log "
-                               "rows; 0: none; -1: up to 14 per stage", range=(-1, 10**9))
-    seed: int = option("training", 0, "random seed of weights, data order, noise and samples",
-                       range=(0, 2**32 - 1))
-
-    # sampling: per command, not saved
-    num_samples: int = option("sampling", 64, "images to sample; at most 64 without --save-images")
-    sample_batch: int = option("sampling", 250, "batch size of sampling; does not change images")
-    steps: int = option("sampling", 50, "number of sampling steps, at most --timesteps")
-    eta: float = option("sampling", 0.0, "0: DDIM; 1: ancestral sampling (DDPM)", range=(0, 1))
-    spacing: str = option("sampling", "quad", "timesteps that are kept; quad: most at little noise",
-                          choices=("uniform", "trailing", "quad"))
-    variance: str = option("sampling", "small", "large: beta_t; needs eta 1 and steps = timesteps",
-                           choices=("small", "large"))
-    prior: str = option("sampling", "gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
-                        choices=("gmm", "normal"))
-    save_images: bool = option("sampling", False, "also write PNGs to samples/ and vae_samples/")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"]
-            if f.type in (str, float, tuple):    # a Path, a NumPy number or a list would not load
+            choices = f.metadata["choices"]
+            value = np.asarray(getattr(self, f.name)).tolist()    # a NumPy number would not load,
+            if f.type in (str, float, tuple):    # nor would a Path or a list
                 value = f.type(value)
-                setattr(self, f.name, value)
+            setattr(self, f.name, value)
             if choices and value not in choices:
                 words = ", ".join(map(str, choices))
                 raise ValueError(f"{flag(f.name)} must be one of {words}, got {value!r}")
@@ -985,13 +973,15 @@ class Config:
             numbers = value if f.type is tuple else [value] if f.type in (int, float) else []
             if not all(low <= number <= high for number in numbers):
                 raise ValueError(f"{flag(f.name)} must be between {low} and {high}, got {value}")
-        if self.dataset == "folder":
-            self.data_dir = str(Path(os.path.expanduser(self.data_dir)).resolve())
-        name = f"folder-{Path(self.data_dir).name}" if self.dataset == "folder" else self.dataset
-        self.run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
-        self.run_dir = os.path.expanduser(self.run_dir)
-        if self.dataset == "folder" and Path(self.run_dir).resolve() == Path(self.data_dir):
-            raise ValueError("--run-dir must differ from --data-dir, or it would train on samples")
+        name, folder = self.dataset, None
+        if name == "folder":
+            folder = Path(os.path.expanduser(self.data_dir)).resolve()
+            name, self.data_dir = f"folder-{folder.name}", str(folder)
+        run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
+        self.run_dir = os.path.expanduser(run_dir)
+        if Path(self.run_dir).resolve() == folder:
+            raise ValueError("--run-dir must differ from --data-dir, or samples would become "
+                             "training images")
 
     @classmethod
     def preset(cls, dataset="shapes", **options):
@@ -1012,9 +1002,9 @@ class Config:
         return cls(dataset=dataset, **{**preset, **options})
 
     def group(self, *groups):
-        """The options of these groups, as a dictionary."""
-        fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if f.metadata["group"] in groups}
+        """The options of these classes, as a dictionary."""
+        fields = (f for group in groups for f in dataclasses.fields(group))
+        return {f.name: getattr(self, f.name) for f in fields}
 
 # For a CPU: v-prediction, the cosine schedule and high learning rates give clean samples after few
 # training steps. On two cores, `shapes` trains in minutes, `mnist` in about ten, and `--small` in
@@ -1036,13 +1026,6 @@ PRESETS = {
     # For one CUDA GPU: the authors' U-Net, attention at 16x16 as in DDPM, dropout 0.1 (they use 0.3
     # and see five times as many images), and a smaller VAE.
     "cifar10": dict(vae_steps=50_000, ddpm_steps=200_000, save_every=5000),
-}
-
-GROUPS = {
-    "run": "What to do and where. Per command, not saved.",
-    "model": "Fixed for the lifetime of a run.",
-    "training": "Saved with a run. A later command may change them.",
-    "sampling": "Per command, not saved.",
 }
 
 def flag(name):
@@ -1105,28 +1088,30 @@ def lock(path):
             with contextlib.suppress(OSError):
                 path.unlink()
                 for folder in created:
-                    folder.rmdir()    # raises, and stays, if anything was written
+                    folder.rmdir()    # fails, keeping the folder, if not empty
 
-def write_beside(path, write, done=""):
-    """Write a file atomically: `write` gets a temporary path, which is then renamed.
-
-    Then print `done`, if any. On failure, print a warning and continue.
-    """
+def write_atomically(path, write):
+    """Write a file: `write` gets a temporary path, which is then renamed."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.replace(path)
-        if done:
-            report(f"wrote {path}: {done}")
-    except OSError as e:
-        report(f"could not write {path} ({e.strerror or e}); continuing without it")
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
+def try_to_write(path, write, done=""):
+    """`write_atomically`, then print `done`, if any. On failure, print a warning and continue."""
+    try:
+        write_atomically(path, write)
+        if done:
+            report(f"wrote {path}: {done}")
+    except OSError as e:
+        report(f"could not write {path} ({e.strerror or e}); continuing without it")
+
 def out_of_memory(e):
-    """Whether an exception says that memory is short."""
+    """Whether an exception says that memory ran out."""
     words = ("of memory", "allocate memory", "enough memory")
     return isinstance(e, MemoryError) or any(w in str(e) for w in words)
 
@@ -1214,10 +1199,11 @@ def find_images(folder):
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found, others, seen = [], 0, set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(root) in seen:    # a cycle of links
+        real = os.path.realpath(root)
+        if real in seen:    # a cycle of links
             folders.clear()
             continue
-        seen.add(os.path.realpath(root))
+        seen.add(real)
         folders[:] = sorted(name for name in folders if name[0] not in ".@"
                             and not os.path.exists(Path(root, name, "model.pt")))
         for path in (Path(root, name) for name in names if name[0] != "."):
@@ -1233,7 +1219,8 @@ def load_folder(folder, size, train, channels=3):
     """The images below a folder -> uint8 [N, channels, *size], labels long [N] or None.
 
     Labels are the first-level subfolders, if every image is in one. A hash of the path assigns
-    about one image in twenty to the test split, so adding images does not reassign the others.
+    about one image in twenty to the test split, so adding images does not reassign the others, and
+    orders the images, so that the first ones are of all classes.
     Raises ValueError if the split has no usable image.
     """
     if not Path(folder).is_dir():
@@ -1243,7 +1230,7 @@ def load_folder(folder, size, train, channels=3):
     labeled = all(len(path.parts) > 1 for path in files)
     rank = {path: zlib.crc32(path.as_posix().encode(errors="surrogateescape")) for path in files}
     limit = max(2**32 // 20, min(rank.values(), default=0))    # at least one image is for tests
-    files = [path for path in files if (rank[path] > limit) == train]
+    files = sorted((path for path in files if (rank[path] > limit) == train), key=rank.get)
     report(f"reading {len(files)} images in {folder}")
     images, labels, bad = np.empty((len(files), channels, *size), np.uint8), [], []
     with ThreadPoolExecutor() as pool:
@@ -1304,7 +1291,7 @@ LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
 CHECKPOINT_FORMAT = 2
 
 def new_state():
-    """The state of training: steps done, log rows, and the optimizer and weights of one stage."""
+    """The state of training: steps done, log rows, and the optimizer and weights of a stage."""
     return dict(steps=dict(vae=0, ddpm=0), log=[], stage="", optimizer=None, scaler={},
                 weights=None)
 
@@ -1405,7 +1392,7 @@ def compiled(function, config, x, *rest):
     """The function, compiled if the config asks for it and a trial on x [B, ...] and `rest` works.
 
     With "auto", networks too narrow to gain are not compiled, and a failure only prints a warning;
-    with "on" it raises ValueError. Other batch sizes than B run eagerly, to avoid recompiling.
+    with "on" it raises ValueError. Batch sizes other than B run eagerly, to avoid recompiling.
     """
     auto = x.device.type == "cuda" and config.unet_width >= 64 and config.compile == "auto"
     if config.compile != "on" and not auto:
@@ -1416,7 +1403,7 @@ def compiled(function, config, x, *rest):
         with autocast(config.precision, x.device):
             out = fast(x, *rest)
         loss = out[0] if isinstance(out, tuple) else out
-        if loss.requires_grad:    # the backward pass is compiled on its own
+        if loss.requires_grad:    # the backward pass compiles separately
             loss.backward()
     except torch.OutOfMemoryError:
         raise
@@ -1429,7 +1416,7 @@ def compiled(function, config, x, *rest):
     return lambda x, *rest: fast(x, *rest) if len(x) == B else function(x, *rest)
 
 def random_batch(images, n, hflip, device):
-    """n random images out of uint8 [N, C, S, S] -> float [n, C, S, S]; half are flipped."""
+    """n random uint8 images [N, C, S, S] -> float [n, C, S, S]; `hflip` flips half of them."""
     x = images[torch.randint(len(images), (n,), device=images.device)]
     x = to_float(x.to(device))
     if hflip:
@@ -1451,33 +1438,28 @@ def fit_prior(model, images):
     """Fit a new model.mixture to z ~ q(z|x) of up to 50,000 uint8 images [N, C, S, S]."""
     c, g = model.config, torch.Generator().manual_seed(model.config.seed)
     z = encode_images(model, images[:50_000], sample=True, generator=g)
-    model.mixture = GaussianMixture(c.gmm_components, c.z_dim).to(model.device)
+    mixture = model.mixture = GaussianMixture(c.gmm_components, c.z_dim).to(model.device)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")    # no TF32 in distances and covariances
     try:
-        model.mixture.fit(z.to(model.mixture.means), generator=g)
+        mixture.fit(z.to(mixture.means), generator=g)
     finally:
         torch.set_float32_matmul_precision(precision)
-    likelihood = model.mixture.history[-1]
-    report(f"prior: {c.gmm_components} Gaussians, log-likelihood {likelihood:.2f} nats per code")
+    report(f"prior: {c.gmm_components} Gaussians, "
+           f"log-likelihood {mixture.history[-1]:.2f} nats per code")
 
 def save_checkpoint(model, state):
     """Write model.pt atomically. Raises OSError if it cannot be written.
 
     Also write config.json and log.csv, for people to read.
     """
-    run_dir, options = Path(model.config.run_dir), model.config.group("model", "training")
-    path, temporary = run_dir / "model.pt", run_dir / f"model.{os.getpid()}.tmp"
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
+    path = run_dir / "model.pt"
     saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(), **state)
     try:
-        torch.save(saved, temporary)
-        temporary.replace(path)
+        write_atomically(path, lambda p: torch.save(saved, p))
     except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError if the disk is full
         raise OSError(f"could not write {path} ({e}); the last checkpoint is unchanged") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
     def write_log(path):
         with open(path, "w", newline="") as f:
@@ -1485,8 +1467,8 @@ def save_checkpoint(model, state):
             writer.writeheader()
             writer.writerows(state["log"])
 
-    write_beside(run_dir / "config.json", lambda p: p.write_text(json.dumps(options, indent=2)))
-    write_beside(run_dir / "log.csv", write_log)
+    try_to_write(run_dir / "config.json", lambda p: p.write_text(json.dumps(options, indent=2)))
+    try_to_write(run_dir / "log.csv", write_log)
 
 def load_run(run_dir, trained=False):
     """Load the DiffuseVAE in a run folder, on the CPU, and its training state, executing no code.
@@ -1556,10 +1538,10 @@ def draw_grids(grids, columns, across=1, rows=(), ticks=()):
     return fig
 
 def pictures_due(step, total, every):
-    """How many progress pictures a stage should have written by now: often at first."""
+    """How many progress pictures a stage has written by `step`: frequent at first."""
     if every >= 0:
         return step // every if every else 0
-    return int(2 * math.log2(max(1, 128 * step / total)))    # 14 in all, sqrt(2) apart
+    return int(2 * math.log2(max(1, 128 * step / total)))    # 14, each sqrt(2) later
 
 @torch.no_grad()
 def draw_progress(model, stage, x, path):
@@ -1576,23 +1558,23 @@ def draw_progress(model, stage, x, path):
         rows.append(model.refine(x_hat, noise, z, steps=steps, eta=0.0, variance="small"))
     images = (torch.cat(rows) + 1) / 2
     images = F.interpolate(images, scale_factor=max(1, round(100 / images.shape[3])))
-    write_beside(path, lambda p: save_image(images, p, format="png", nrow=len(x), pad_value=1))
+    try_to_write(path, lambda p: save_image(images, p, format="png", nrow=len(x), pad_value=1))
 
 def draw_curves(log):
     """The losses in the log against training steps -> a matplotlib figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator
     fig = Figure(figsize=(8.7, 3), dpi=100, layout="constrained")
-    panels = {"vae": {"recon": "squared error", "kl": "KL"}, "ddpm": {"loss": "prediction error"}}
-    titles = {"vae": "stage 1: VAE, nats per image", "ddpm": "stage 2: DDPM, mean squared error"}
-    for ax, (stage, curves) in zip(fig.subplots(1, 2), panels.items()):
+    panels = (("vae", "stage 1: VAE, nats per image", {"recon": "squared error", "kl": "KL"}),
+              ("ddpm", "stage 2: DDPM, mean squared error", {"loss": "prediction error"}))
+    for ax, (stage, title, curves) in zip(fig.subplots(1, 2), panels):
         rows = [row for row in log if row["stage"] == stage]
         if not rows:
             ax.set_axis_off()
             continue
         for name, label in curves.items():
             ax.loglog([row["step"] for row in rows], [row[name] for row in rows], label=label)
-        ax.set(title=titles[stage], xlabel="training step")
+        ax.set(title=title, xlabel="training step")
         ax.legend(frameon=False)
         ax.minorticks_off()
         ax.tick_params(labelsize=8)
@@ -1623,23 +1605,21 @@ def draw_latents(model, x):
     z, noise = model.invert(x, steps=steps)
     random = model.noise(len(x), generators(model.config.seed, "latents", range(len(x))))
     decode = functools.partial(model.decode, steps=steps, eta=0.0, variance="small")
-    rows = {"test image": x, "VAE": model.vae.decode(z), "random noise": decode(z, random),
+    rows = {"VAE": model.vae.decode(z), "random noise": decode(z, random),
             "inverted noise": decode(z, noise)}
-    labels = [f"{name}\nMSE {(y - x).square().mean():.4f}" for name, y in rows.items()]
-    labels[0] = "test image"
-    images = list(rows.values())
+    rows = {f"{name}\nMSE {(y - x).square().mean():.4f}": y for name, y in rows.items()}
     u = torch.linspace(0, 1, len(x), device=x.device)
-    z_path = torch.lerp(z[0], z[1], u[:, None])    # [N, z_dim]
-    walks = {"z": (z_path, noise[:1].expand_as(noise)),
-             "noise": (z[:1].expand_as(z), slerp(noise[0], noise[1], u))}
-    for name, (z_walk, noise_walk) in walks.items():
-        images += [model.vae.decode(z_walk), decode(z_walk, noise_walk)]
-        labels += [f"walk in {name}\nVAE", f"walk in {name}\nrefined"]
+    z_walk = torch.lerp(z[0], z[1], u[:, None])    # [N, z_dim]
+    noise_walk = slerp(noise[0], noise[1], u)
+    rows = {"test image": x, **rows,
+            "walk in z\nVAE": model.vae.decode(z_walk),
+            "walk in z\nrefined": decode(z_walk, noise[:1].expand_as(noise)),
+            "walk in noise\nrefined": decode(z[:1].expand_as(z), noise_walk)}
     title = "reconstruction, then walks from the first test image to the second"
-    return draw_grids([(title, torch.cat(images))], len(x), rows=labels)
+    return draw_grids([(title, torch.cat(list(rows.values())))], len(x), rows=list(rows))
 
 def sample_images(model):
-    """Write samples.png: real | VAE | refined. Image i depends on the seed and on i alone.
+    """Write samples.png: real | VAE | refined. Image i depends only on the seed and i.
 
     With --save-images, also write each image to samples/ and its x_hat to vae_samples/. With a VAE
     and test images, also write latents.png.
@@ -1653,9 +1633,9 @@ def sample_images(model):
         model.unet.forward = compiled(eager, c, *inputs)
         return model.unet.forward(*inputs)
 
-    if c.save_images or c.compile == "on":    # for a single picture, compiling does not pay
+    if c.save_images or c.compile == "on":    # compiling does not pay off for one picture
         model.unet.forward = compile_first
-    if model.vae and c.prior == "gmm" and not model.mixture.fitted:    # another --gmm-components
+    if model.vae and c.prior == "gmm" and not model.mixture.fitted:    # --gmm-components changed
         fit_prior(model, load_split(c, "train"))
     for indices in torch.arange(total).split(c.sample_batch):
         g = generators(c.seed, "sample", indices.tolist())
@@ -1668,26 +1648,26 @@ def sample_images(model):
         done = indices[-1].item() + 1
         left = (time.perf_counter() - clock) / done * (total - done) / 60
         report(f"sampled {done} of {total} images  {left:.1f} min left", transient=True)
-    refined = "refined" if model.vae else "DDPM"
-    titles = {"vae_samples": "VAE", "samples": f"{refined}, {c.steps} steps"}
+    titles = {"vae_samples": "VAE",
+              "samples": f"{'refined' if model.vae else 'DDPM'}, {c.steps} steps"}
     grids = [(titles[name], batch) for name, batch in shown.items()]
     model.unet.forward = eager
+    real = ()
     try:
         real = to_float(load_split(c, "test")[:64])
         grids.insert(0, ("real (test set)", real[:total]))
     except ValueError as e:    # without the data, samples are still worth seeing
-        real = None
         report(f"samples.png has no real images: {e}")
     fig = draw_grids(grids, math.ceil(min(total, 64) ** 0.5), len(grids))
-    hint = "refined images should be sharper than the VAE's" if model.vae else refined
+    hint = "refined images should be sharper than the VAE's" if model.vae else titles["samples"]
     save_figure(fig, run_dir / "samples.png", hint)
-    if model.vae and real is not None and len(real) > 1:
+    if model.vae and len(real) > 1:
         fig = draw_latents(model, real[:8].to(model.device))
         save_figure(fig, run_dir / "latents.png", "inverted noise should return the test images")
 
 def save_figure(fig, path, done=""):
-    """Write a matplotlib figure as a PNG file; see `write_beside`."""
-    write_beside(path, lambda p: fig.savefig(p, format="png", bbox_inches="tight"), done)
+    """Write a matplotlib figure as a PNG file; see `try_to_write`."""
+    try_to_write(path, lambda p: fig.savefig(p, format="png", bbox_inches="tight"), done)
 
 def save_pngs(folder, indices, images):
     """Write images [N, C, S, S] to folder/000000.png and so on; index 0 removes earlier ones."""
@@ -1733,10 +1713,10 @@ def open_run(given):
     sampling = given.get("stage") == "sample"
     if sampling or Path(run_dir, "model.pt").exists():
         model, state = load_run(run_dir, trained=sampling)
-        saved = model.config.group("model", "training")
+        saved = model.config.group(ModelOptions, TrainingOptions)
     c = Config.preset(**{**saved, **given, "run_dir": run_dir})
-    fixed = c.group("model")
-    if saved and c.data_dir != saved["data_dir"] and c.dataset == "folder":    # moved or another?
+    fixed = c.group(ModelOptions)
+    if saved and c.data_dir != saved["data_dir"] and c.dataset == "folder":    # moved or changed?
         if Path(saved["data_dir"]).exists():
             fixed["data_dir"] = c.data_dir
         else:
@@ -1759,7 +1739,7 @@ def open_run(given):
 def train(model, state):
     """Train what --stage asks for and is not trained yet, and save checkpoints."""
     c, steps = model.config, state["steps"]
-    vae_done = not model.vae or steps["vae"] >= c.vae_steps and model.mixture.fitted
+    vae_done = not model.vae or (steps["vae"] >= c.vae_steps and model.mixture.fitted)
     if vae_done and steps["ddpm"] >= c.ddpm_steps:    # no images needed
         report(f"training in {c.run_dir} is complete")
         return
@@ -1776,12 +1756,12 @@ def train(model, state):
     if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)    # if they fit
     report(f"{c.dataset}: {len(images)} images of {c.image_size}x{c.image_size} pixels, "
-           f"formulation {c.formulation}, {model.device.type}")
+           f"formulation {c.formulation}, {device.type}")
     plan = [f"VAE to step {c.vae_steps}", "prior"] if model.vae else []
     plan += [f"U-Net to step {c.ddpm_steps}"] if c.stage != "vae" else []
     plan += ["samples"] if c.stage == "all" else []
     report(f"plan: {', '.join(plan)}; checkpoint and pictures go to {c.run_dir}")
-    if model.device.type == "cpu" and c.dataset in ("cifar10", "folder") and not c.small:
+    if device.type == "cpu" and c.dataset in ("cifar10", "folder") and not c.small:
         report("this preset is sized for a GPU and may take weeks on a CPU; see --small")
     x = None
     if c.sample_every:
@@ -1804,21 +1784,23 @@ def run_stage(model, state, stage, rows, batch_size, x):
 
     The progress pictures are of test images x [8, C, S, S]; None for no pictures.
     """
-    c, step, total = model.config, state["steps"][stage], getattr(model.config, f"{stage}_steps")
-    network, run_dir = model.vae if stage == "vae" else model.unet, Path(model.config.run_dir)
+    c, step = model.config, state["steps"][stage]
+    total, run_dir = getattr(c, f"{stage}_steps"), Path(c.run_dir)
+    network = model.vae if stage == "vae" else model.unet
     size = sum(p.numel() for p in network.parameters()) / 1e6
     report(f"{stage}: {size:.2f} M parameters, batch size {batch_size}, step {step} of {total}")
     clock = time.perf_counter()
     for row in rows:
         speed = (row["step"] - step) * batch_size / (time.perf_counter() - clock)
         before = pictures_due(step, total, c.sample_every)
-        step, row["images_per_s"] = row["step"], speed
+        row["images_per_s"] = speed    # also in the log
+        step = row["step"]
         left = (total - step) * batch_size / speed / 60
         report(f"{stage} {step}/{total}  loss {row['loss']:.4f}  {speed:.0f} images/s  "
                f"{left:.1f} min left", transient=step < total)
         if x is not None and pictures_due(step, total, c.sample_every) > before:
             draw_progress(model, stage, x, run_dir / "progress" / f"{stage}_{step:06}.png")
-        if step % c.save_every < c.log_every or step == total:    # first row after a multiple
+        if step % c.save_every < c.log_every or step == total:    # first row past a multiple
             save_checkpoint(model, state)
             save_figure(draw_curves(state["log"]), run_dir / "curves.png")
         clock = time.perf_counter()
@@ -1827,7 +1809,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show the default of every option, and the docstring of this file as it is."""
 
 def build_parser(preset=None):
-    """The argument parser, with the preset's values as defaults, or with no defaults."""
+    """The argument parser, with the preset's values as defaults, or without any."""
     def integers(text):    # argparse prints this name in its error message
         return tuple(int(n) for n in text.split(",") if n != "none")
 
@@ -1837,20 +1819,16 @@ def build_parser(preset=None):
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30))
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
                         help="show the options, with the defaults of the given --dataset")
-    groups = {}
-    for f in dataclasses.fields(Config):
-        title = f.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(f"{title} options", GROUPS[title])
-        default = getattr(preset, f.name, argparse.SUPPRESS)
-        how = dict(type=f.type, choices=f.metadata["choices"])
-        if f.type is bool:
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, tuple):
-            default = ",".join(map(str, default)) or "none"
-        if f.type is tuple:
-            how = dict(type=integers)
-        groups[title].add_argument(flag(f.name), default=default, help=f.metadata["help"], **how)
+    special = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=integers)}
+    for group in (RunOptions, ModelOptions, TrainingOptions, SamplingOptions):
+        title = group.__name__.replace("Options", " options").lower()
+        section = parser.add_argument_group(title, group.__doc__)
+        for f in dataclasses.fields(group):
+            default = getattr(preset, f.name, argparse.SUPPRESS)
+            if isinstance(default, tuple):
+                default = ",".join(map(str, default)) or "none"
+            how = special.get(f.type, dict(type=f.type, choices=f.metadata["choices"]))
+            section.add_argument(flag(f.name), default=default, help=f.metadata["help"], **how)
     return parser
 
 def parse(argv=None):
