@@ -1,0 +1,211 @@
+"""The pictures of the README, from trained runs; call it from the root of the repository.
+
+    python diffusevae.py
+    python diffusevae.py --formulation none --ddpm-steps 3950 --run-dir runs/plain
+    python diffusevae.py --dataset mnist
+    python diffusevae.py --dataset cifar10 --small
+    python assets/pictures.py samples runs/shapes runs/mnist runs/cifar10-small
+    python assets/pictures.py edits runs/shapes
+    python assets/pictures.py steps runs/shapes runs/plain
+    python assets/pictures.py method runs/shapes
+    python assets/pictures.py quality
+
+Each command writes a PNG file of that name to assets/, 8.7 inches wide. `quality` plots the tables
+of assets/RESULTS.md, which are repeated below.
+"""
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from torchvision.utils import make_grid
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # where diffusevae.py is
+from diffusevae import generators, load_images, load_run, load_split, to_float, to_uint8
+
+NAMES = {"shapes": "shapes", "mnist": "MNIST", "cifar10": "CIFAR-10"}
+
+def save(fig, name):
+    fig.savefig(Path(__file__).with_name(f"{name}.png"), dpi=150, bbox_inches="tight")
+
+def panels(rows, titles, columns, labels, arrows=(), ticks=()):
+    """A figure of image grids: rows[i][j] is [N, C, S, S], `columns` images wide.
+
+    `arrows` lists the j of the grids that an arrow leads to. `ticks` names the columns of images.
+    """
+    images_down = sum(-(-len(row[0]) // columns) for row in rows)
+    cell = 6.6 / (columns * len(titles))    # inches per image, with room for labels
+    height = images_down * cell + 0.15 * len(rows) + 0.5
+    fig = Figure(figsize=(8.7, height), layout="constrained")
+    fig.get_layout_engine().set(wspace=0.08 if arrows else 0.03)
+    axes = fig.subplots(len(rows), len(titles), squeeze=False)
+    for i, row in enumerate(rows):
+        for j, images in enumerate(row):
+            ax = axes[i, j]
+            grid = make_grid(to_uint8(images), nrow=columns, padding=1, pad_value=255)
+            ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")    # [H, W, 3]
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if i == 0:
+                ax.set_title(titles[j], fontsize=11)
+            if j == 0:
+                ax.set_ylabel(labels[i], fontsize=11, rotation="horizontal", ha="right", va="center")
+            if j in arrows:
+                ax.annotate("", (-0.02, 0.5), (-0.10, 0.5), "axes fraction", annotation_clip=False,
+                            arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.5))
+            if ticks and i == len(rows) - 1:
+                pitch = images.shape[3] + 1    # pixels from one image to the next
+                ax.set_xticks([(k + 0.5) * pitch for k in range(columns)], ticks, fontsize=10)
+                ax.tick_params(length=0)
+    return fig
+
+def samples(run_dirs):
+    """Real images, VAE samples and refined samples of each run: the first 18, not selected."""
+    rows, labels = [], []
+    for run_dir in run_dirs:
+        model, _ = load_run(run_dir, trained=True)
+        c = model.config
+        x_hat, x = model.sample_both(18, generators(c.seed, "sample", range(18)))
+        real = to_float(load_split(c, "test")[:18])
+        rows.append([real, x_hat, x])
+        labels.append(NAMES[c.dataset])
+    titles = ["real (test set)", r"VAE: $\hat{x}$ = decode(z)", "refined in 10 sampling steps"]
+    save(panels(rows, titles, 6, labels, arrows=(2,)), "samples")
+
+def edits(run_dirs):
+    """Shapes with the difference of two mean codes added to their own, their noise held fixed."""
+    model, _ = load_run(*run_dirs, trained=True)
+    images, labels = load_images("shapes", "", 16, "train")
+    means = [model.encode(to_float(images[labels == k][:5000])).mean(0) for k in range(3)]
+    images, labels = load_images("shapes", "", 16, "test")
+    names, rows, row_labels = ("circle", "square", "triangle"), [], []
+    for old, new in ((0, 1), (1, 2), (2, 0)):
+        x = to_float(images[labels == old][:6])
+        z, noise = model.invert(x, steps=50)
+        z = z + means[new] - means[old]
+        rows.append([x, model.vae.decode(z), model.decode(z, noise, steps=50)])
+        row_labels.append(f"{names[old]}\nto {names[new]}")
+    titles = ["test image", "edited code, VAE", "edited code, refined"]
+    with torch.no_grad():
+        save(panels(rows, titles, 6, row_labels, arrows=(1, 2)), "edits")
+
+def steps(run_dirs):
+    """The same codes and noise in 1 to 50 sampling steps, beside a plain DDPM."""
+    model, plain = (load_run(run_dir, trained=True)[0] for run_dir in run_dirs)
+    counts, rows = (1, 2, 5, 10, 50), []
+    z = model.sample_prior(4, generators(0, "sample", range(4)))
+    noise = model.noise(4, generators(0, "noise", range(4)))
+    ours = [model.decode(z, noise, steps=n) for n in counts]
+    theirs = [plain.refine(None, noise, steps=n) for n in counts]
+    rows = [[torch.stack(strip, 1).flatten(0, 1) for strip in (ours, theirs)]]    # [4 * 5, C, S, S]
+    titles = [r"DiffuseVAE (given $\hat{x}$)", "plain DDPM (from noise alone)"]
+    ticks = ["1 step", *map(str, counts[1:])]
+    save(panels(rows, titles, 5, [""], ticks=ticks), "steps")
+
+def method(run_dirs):
+    """The two stages, with a test image of the run at every arrow."""
+    model, _ = load_run(*run_dirs, trained=True)
+    c = model.config
+    x = to_float(load_split(c, "test")[3:4])
+    z = model.encode(x)
+    x_hat = model.vae.decode(z)
+    noise = model.noise(1, generators(2, "method", [0]))
+    denoiser = model.denoiser(x_hat, z)
+    path = [noise] + [x_s for _, x_s, _ in model.diffusion.trajectory(denoiser, noise, c.steps)]
+
+    fig = Figure(figsize=(8.7, 2.75))
+    ax = fig.add_axes([0, 0, 1, 1])    # 87 units wide, 27.5 high
+    ax.set(xlim=(0, 87), ylim=(0, 27.5))
+    ax.set_axis_off()
+
+    def show(image, left, bottom, label, size=8):
+        picture = to_uint8(image)[0].permute(1, 2, 0).numpy()    # [S, S, C]
+        ax.imshow(picture, extent=(left, left + size, bottom, bottom + size), zorder=2)
+        ax.text(left + size / 2, bottom - 0.6, label, ha="center", va="top", fontsize=10)
+
+    def arrow(start, end, label=""):
+        ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.2))
+        x_text, y_text = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.8
+        ax.text(x_text, y_text, label, ha="center", va="bottom", fontsize=9)
+
+    ax.text(1, 21.5, "Stage 1\nVAE", fontsize=11, weight="bold", va="center")
+    show(x, 11, 17.5, "image $x$")
+    arrow((20, 21.5), (30, 21.5), "encoder")
+    code = z.reshape(-1, 4).numpy()    # [z_dim / 4, 4]
+    ax.imshow(code, extent=(31, 39, 17.5, 25.5), cmap="PuOr", vmin=-2.5, vmax=2.5, zorder=2)
+    ax.text(35, 16.9, f"code $z$, {c.z_dim} numbers", ha="center", va="top", fontsize=10)
+    arrow((40, 21.5), (50, 21.5), "decoder")
+    show(x_hat, 51, 17.5, r"blurry $\hat{x}$")
+    ax.text(72, 21.5, "to generate, sample $z$\nfrom a Gaussian mixture", fontsize=9, ha="center",
+            va="center", style="italic")
+
+    ax.text(1, 6.5, "Stage 2\nDDPM", fontsize=11, weight="bold", va="center")
+    kept = [0, 3, 6, 8, c.steps]
+    labels = ["noise", *(f"after {k} steps" for k in kept[1:-1]), "refined image"]
+    for i, (k, label) in enumerate(zip(kept, labels)):
+        left = 11 + 17 * i
+        show(path[k], left, 2.5, label)
+        if i > 0:
+            arrow((left - 8, 6.5), (left - 1, 6.5), "U-Net")
+    line = dict(color="gray", linewidth=1, linestyle=":")    # x_hat to every step
+    ax.plot([55, 55, 23.5], [14.3, 12.8, 12.8], **line)
+    for i in range(1, 5):
+        x_text = 11 + 17 * i - 4.5
+        ax.plot([55, x_text], [12.8, 12.8], **line)
+        ax.annotate("", (x_text, 9.6), (x_text, 12.8), arrowprops=dict(arrowstyle="-|>", color="gray"))
+    save(fig, "method")
+
+# KID x 1000 after 2, 5, 10 and 50 sampling steps, from the tables of RESULTS.md. Where there are
+# three training runs, there is one row for each. The plain DDPM has the better of two spacings.
+STEPS = (2, 5, 10, 50)
+KID = {
+    "shapes": {
+        "VAE": [276],
+        "plain DDPM": [[567, 126, 56, 34]],
+        "z from N(0, I)": [[166, 71, 71, 77]],
+        "DiffuseVAE": [[104, 14, 15, 20], [120, 13, 12, 16], [130, 23, 22, 22]]},
+    "MNIST": {
+        "VAE": [134],
+        "plain DDPM": [[596, 189, 114, 79]],
+        "z from N(0, I)": [[222, 101, 76, 86]],
+        "DiffuseVAE": [[173, 58, 31, 32]]},
+    "CIFAR-10, --small": {
+        "VAE": [700],
+        "plain DDPM": [[955, 528, 291, 185]],
+        "z from N(0, I)": [[697, 296, 170, 131]],
+        "DiffuseVAE": [[688, 303, 177, 137]]}}
+COLORS = {"VAE": "gray", "plain DDPM": "C0", "z from N(0, I)": "C1", "DiffuseVAE": "C2"}
+
+def quality(run_dirs):
+    """KID against the number of sampling steps, one panel for each dataset."""
+    fig = Figure(figsize=(8.7, 3.2), layout="constrained")
+    axes = fig.subplots(1, len(KID))
+    for ax, (dataset, curves) in zip(axes, KID.items()):
+        for name, runs in curves.items():
+            color = COLORS[name]
+            if name == "VAE":
+                ax.axhline(runs[0], color=color, linestyle=":")
+                continue
+            runs = torch.tensor(runs, dtype=torch.float64)
+            ax.plot(STEPS, runs.log().mean(0).exp(), "o-", color=color, markersize=4)
+            ax.fill_between(STEPS, runs.amin(0), runs.amax(0), color=color, alpha=0.25, linewidth=0)
+        ax.set(xscale="log", yscale="log", title=dataset, xlabel="sampling steps")
+        ax.set_xticks(STEPS, STEPS)
+        ticks = [k for k in (20, 50, 100, 200, 500, 1000) if ax.get_ylim()[0] < k < ax.get_ylim()[1]]
+        ax.set_yticks(ticks, ticks)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("KID × 1000 (axes differ)")
+    labels = {"VAE": (22, 142), "plain DDPM": (2.8, 430), "z from N(0, I)": (11, 62),
+              "DiffuseVAE": (11, 35)}    # where the lines of MNIST leave room
+    for name, position in labels.items():
+        axes[1].text(*position, name, color=COLORS[name], fontsize=10)
+    save(fig, "quality")
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in ("samples", "edits", "steps", "method", "quality"):
+        sys.exit(__doc__)
+    with torch.no_grad():
+        globals()[sys.argv[1]](sys.argv[2:])
