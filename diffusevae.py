@@ -729,9 +729,13 @@ class DiffuseVAE(nn.Module):
     def loss(self, x, unet=None):
         """Stage 2 loss for images x [B, C, S, S], a scalar. `unet` replaces self.unet if given.
 
-        The VAE gets no gradients.
+        The VAE gets no gradients. With cond_noise > 0, x_hat gets Gaussian noise of a random
+        standard deviation up to cond_noise (arXiv 2106.15282), so that sampling tolerates noise.
         """
         x_hat, z = self.reconstruct(x)
+        if self.vae and self.config.cond_noise > 0:
+            level = self.config.cond_noise * torch.rand(len(x), 1, 1, 1, device=x.device)
+            x_hat = x_hat + level * torch.randn_like(x_hat)
         return self.diffusion.loss(self.denoiser(x_hat, z, unet), x, self.shift(x_hat))
 
     @torch.no_grad()
@@ -899,6 +903,8 @@ class ModelOptions:
     vae_width: int = option(64, "base channels of the VAE")
     kl_weight: float = option(1.0, "weight of the KL term in the VAE loss", range=(0, 1e6))
     z_cond: bool = option(False, "condition the U-Net on z as well as on x_hat")
+    cond_noise: float = option(0.0, "train the U-Net with noise on x_hat, of levels up to this",
+                               range=(0, 1))
     unet_width: int = option(128, "base channels of the U-Net", range=(2, 4096))
     unet_mults: tuple = option((1, 2, 2, 2), "width multiplier per resolution, e.g. 1,2,2")
     res_blocks: int = option(2, "residual blocks per resolution")

@@ -972,6 +972,23 @@ def test_stage_2_loss_by_hand(formulation, predict):
     assert loss == pytest.approx(expected, rel=1e-3)    # float32 / sqrt(1 - a_0)
 
 
+@pytest.mark.parametrize("formulation", ("1", "2"))
+def test_noise_on_x_hat_in_training(formulation):
+    """The U-Net sees x_hat plus noise of a level that is uniform in [0, 0.3] and one for each image; x_t has the same."""
+    model, seen, x = DiffuseVAE(tiny(formulation=formulation, cond_noise=0.3, kl_weight=0)), [], torch.rand(2000, 3, 8, 8)
+    with torch.no_grad():
+        model.vae.encoder[-1].bias[model.config.z_dim:] = -40    # z ~ q(z|x) hardly varies
+    clean = model.reconstruct(x)[0]
+    model.diffusion.q_sample = lambda x0, t, noise, shift: seen.append(shift) or x0
+    model.loss(x, lambda x_t, t, x_hat, z: seen.append(x_hat) or x_t)
+    shift, x_hat = seen
+    assert shift is x_hat if formulation == "2" else shift == 0
+    level = (x_hat - clean).flatten(1).std(1)    # of 192 values: each within 5 standard errors, 5 / 384^0.5 of it
+    assert level.max() < 0.3 * (1 + 5 / 384**0.5)
+    assert abs(level.mean() - 0.15) < 5 * 0.3 / 12**0.5 / 2000**0.5 and level.min() < 0.01
+    assert abs((x_hat - clean).square().mean() - 0.03) < 5 * 0.03 * 0.9 / 2000**0.5    # 0.3^2 / 3; spread 0.9 of it
+
+
 def test_ema_and_learning_rate_by_hand():
     """The average and the rates follow their closed forms: (1 + n) / (10 + n) up to `ema`; warm-up, then a cosine."""
     c = tiny(ddpm_steps=40, warmup=4, ema=0.7, log_every=1)    # the warm-up ends in the middle, at step 20
