@@ -50,7 +50,7 @@ def panels(rows, titles, columns, labels, arrows=(), ticks=()):
             if i == 0:
                 ax.set_title(titles[j], fontsize=11)
             if j == 0:
-                ax.set_ylabel(labels[i], fontsize=11, rotation="horizontal", ha="right", va="center")
+                ax.set_ylabel(labels[i], fontsize=11, rotation=0, ha="right", va="center")
             if j in arrows:
                 ax.annotate("", (-0.02, 0.5), (-0.10, 0.5), "axes fraction", annotation_clip=False,
                             arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.5))
@@ -124,8 +124,8 @@ def method(run_dirs):
         ax.imshow(picture, extent=(left, left + size, bottom, bottom + size), zorder=2)
         ax.text(left + size / 2, bottom - 0.6, label, ha="center", va="top", fontsize=10)
 
-    def arrow(start, end, label=""):
-        ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color="black", linewidth=1.2))
+    def arrow(start, end, label="", color="black"):
+        ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=color, linewidth=1.2))
         x_text, y_text = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.8
         ax.text(x_text, y_text, label, ha="center", va="bottom", fontsize=9)
 
@@ -153,7 +153,7 @@ def method(run_dirs):
     for i in range(1, 5):
         x_text = 11 + 17 * i - 4.5
         ax.plot([55, x_text], [12.8, 12.8], **line)
-        ax.annotate("", (x_text, 9.6), (x_text, 12.8), arrowprops=dict(arrowstyle="-|>", color="gray"))
+        arrow((x_text, 12.8), (x_text, 9.6), color="gray")
     save(fig, "method")
 
 # KID x 1000 after 2, 5, 10 and 50 sampling steps, from the tables of RESULTS.md. Where there are
@@ -192,7 +192,8 @@ def quality(run_dirs):
             ax.fill_between(STEPS, runs.amin(0), runs.amax(0), color=color, alpha=0.25, linewidth=0)
         ax.set(xscale="log", yscale="log", title=dataset, xlabel="sampling steps")
         ax.set_xticks(STEPS, STEPS)
-        ticks = [k for k in (20, 50, 100, 200, 500, 1000) if ax.get_ylim()[0] < k < ax.get_ylim()[1]]
+        low, high = ax.get_ylim()
+        ticks = [k for k in (20, 50, 100, 200, 500, 1000) if low < k < high]
         ax.set_yticks(ticks, ticks)
         ax.xaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_minor_locator(NullLocator())
