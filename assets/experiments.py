@@ -4,7 +4,7 @@
     python assets/experiments.py zdim RUN...        # how small may the code be?
     python assets/experiments.py label RUN          # generate by label, without retraining
     python assets/experiments.py control RUN        # edit test images from one label to another
-    python assets/experiments.py noise RUN [RUN2]   # damage x_hat, then refine it
+    python assets/experiments.py noise RUN [RUN...] # damage x_hat, then refine it
     python assets/experiments.py critic RUN PLAIN   # DDIM, DDPM and a second-order sampler
     python assets/experiments.py train RUN NEW --noise 0.2    # another U-Net for the same VAE
 
@@ -168,7 +168,7 @@ def label_mixtures(model, images, labels, per_label, seed=0):
         chosen = chosen[torch.randperm(len(chosen), generator=g)[:per_label]]
         chosen = chosen.repeat(math.ceil(2000 / len(chosen)))
         z = encode_images(model, images[chosen], sample=True, generator=g)
-        components = max(1, min(10, per_label // 30))
+        components = max(1, min(10, per_label // 100))
         mixtures.append(GaussianMixture(components, model.config.z_dim).fit(z, generator=g))
     return mixtures
 
@@ -308,7 +308,7 @@ def draw_control(model, mixtures, z, own, old, means, roots):
 # Noise on x_hat, and training with it
 # --------------------------------------------------------------------------------------------------
 def noise(args):
-    """KID of damaged x_hat, as they are and refined; also of x_hat from the VAEs of other runs."""
+    """KID of damaged x_hat, before and after refinement; also of x_hat from other runs' VAEs."""
     model, *others = map(load, args.runs)
     c, judge, clean = model.config, Judge(model.config), x_hats(model, args.n)
     e = randn(clean.shape, clean, generators(c.seed, "damage", range(args.n)))
