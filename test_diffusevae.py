@@ -3467,6 +3467,24 @@ def test_notebook_as_stored():
         re.findall(r"\d", " ".join(re.findall(r"\(file, (.*?)\)", " ".join(headings)))))    # sections of the file
 
 
+def test_links_between_the_texts():
+    """Every relative link of README, RESULTS and the notebook leads to a file, and every anchor to a heading there."""
+    home, found = Path(diffusevae.__file__).parent, 0
+    cells = json.loads((home / "train.ipynb").read_text())["cells"]
+    book = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    texts = {name: (home / name).read_text() for name in ("README.md", "assets/RESULTS.md")}
+    for name, text in {**texts, "train.ipynb": book}.items():
+        for target in re.findall(r"\]\((?!http)([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            path = (home / name).parent / path if path else home / name
+            assert path.is_file(), (name, target)
+            titles = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#")] if anchor else []
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]    # GitHub's rule
+            assert not anchor or anchor in anchors, (name, target)
+            found += 1
+    assert found > 30
+
+
 def test_import_has_no_side_effects():
     """Importing prints nothing, writes nothing, and leaves torchvision and matplotlib for later."""
     code = "import sys, diffusevae; print([m for m in ('torchvision', 'matplotlib', 'PIL') if m in sys.modules])"
