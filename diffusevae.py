@@ -1820,7 +1820,7 @@ def build_parser(preset=None):
         return tuple(int(n) for n in text.split(",") if n != "none")
 
     parser = argparse.ArgumentParser(
-        usage="python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]",
+        usage="python diffusevae.py [--help] [--dataset NAME] [--OPTION VALUE ...]",
         description=__doc__.split("\nBased")[0], allow_abbrev=False, add_help=False,
         formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30))
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,

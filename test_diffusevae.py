@@ -2467,7 +2467,7 @@ def test_help_speaks_to_people(capsys):
     for words in ("", "--dataset cifar10", "--dataset cifar10 --small --lr 0.5", "--dataset folder --image-size 128"):
         assert command(*words.split(), "--help", **{k: None for k in TINY}) == 0
         page = capsys.readouterr().out
-        usage = "usage: python diffusevae.py [--dataset NAME] [--OPTION VALUE ...]\n\nDiffuseVAE in one file"
+        usage = "usage: python diffusevae.py [--help] [--dataset NAME] [--OPTION VALUE ...]\n\nDiffuseVAE in one file"
         assert page.startswith(usage)
         titles = re.findall(r"^(\w+ options):$", page, re.M)
         assert titles == ["run options", "model options", "training options", "sampling options"]
