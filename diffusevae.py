@@ -132,7 +132,7 @@ def randn(shape, like, generator=None):
 def stream(seed, name, index):
     """The seed of one training step or image: 32 bits, all that a CPU generator uses.
 
-    The golden-ratio constant gives neighbouring indices distant seeds.
+    The golden-ratio constant gives neighboring indices distant seeds.
     """
     return (zlib.crc32(f"{seed} {name}".encode()) + index * 0x9E3779B1) % 2**32
 
@@ -155,15 +155,14 @@ def discretized_log_prob(x, mean, std):
     return p.clamp(min=1e-12).log()
 
 def timesteps_for(T, n, spacing="quad"):
-    """Choose n of the timesteps 0..T-1: long [n], increasing.
+    """Choose n of the timesteps 0..T-1: long [n], increasing, for i = 0..n-1.
 
         uniform   i T // n                          "linear" in DDIM (2010.02502, appendix D.2)
         trailing  (i + 1) T // n - 1                ends at T - 1, where x_t is pure noise
-        quad      max(i, (i + 1)^2 T // n^2 - 1)    so does this; most timesteps at low noise
+        quad      max(i, (i + 1)^2 T // n^2 - 1)    also ends at T - 1; most steps at low noise
 
-    with i = 0..n-1. DDIM's quadratic spacing stops at 0.8 T, where x_t is not yet
-    pure noise. A single step is always [T - 1]. Raises ValueError if n is not in 1..T or the
-    spacing is unknown.
+    DDIM's quadratic spacing stops at 0.8 T, where x_t is not yet pure noise. A single step is
+    always [T - 1]. Raises ValueError if n is not in 1..T or the spacing is unknown.
     """
     if not 1 <= n <= T:
         raise ValueError(f"steps must be between 1 and {T}, the number of timesteps; got {n}")
@@ -327,7 +326,7 @@ class GaussianDiffusion(nn.Module):
             x = a_s**0.5 * x0 + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps    # max: rounding
             if s >= 0:    # the clean image has no shift and no noise
                 x = x + shift
-                if variance == "large":
+                if variance == "large":    # in the fresh noise only, not in the mean
                     sigma = (1 - self.alpha_bar_at(t) / a_s) ** 0.5
                 if sigma > 0:
                     x = x + sigma * randn(x.shape, x, generator)
@@ -345,9 +344,9 @@ class GaussianDiffusion(nn.Module):
 
         Reversing a DDIM step is implicit: y_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps is known, but
         the network predicts x_0 and eps from the unknown y_t. Start with y_t = y_s. In each
-        iteration, keep the prediction that is less sensitive to y_t, solve for the other, and
-        update y_t. This calls the network steps * iterations times; use more iterations with
-        fewer steps. Raises ValueError as `step_pairs` does.
+        iteration, keep the prediction that y_t depends on less, solve for the other, and update
+        y_t. This calls the network steps * iterations times; use more iterations with fewer
+        steps. Raises ValueError as `step_pairs` does.
         """
         y = x0
         for t, s in reversed(self.step_pairs(steps, spacing=spacing)):
@@ -356,7 +355,7 @@ class GaussianDiffusion(nn.Module):
             signal_s, std_s = self.coefficients(s, y.shape)    # 1 and 0 for s = -1
             for _ in range(iterations):
                 pred_x0, eps = self.denoise(network, y + shift, t, shift, clip)
-                if signal_t > std_t or s < 0:    # more signal than noise: eps is less sensitive
+                if signal_t > std_t or s < 0:    # y_t depends less on eps; std_s = 0 at s = -1
                     pred_x0 = (y_s - std_s * eps) / signal_s
                 else:
                     eps = (y_s - signal_s * pred_x0) / std_s
@@ -379,18 +378,18 @@ class GaussianDiffusion(nn.Module):
         def bits(nats):    # [B, ...] -> [B]
             return nats.flatten(1).mean(1) / math.log(2)
 
-        a_T = self.alpha_bar_at(self.timesteps - 1)
-        L_T = bits(0.5 * (a_T * x0.square() - a_T - math.log1p(-a_T)))
+        a_last = self.alpha_bar_at(self.timesteps - 1)
+        L_T = bits(0.5 * (a_last * x0.square() - a_last - math.log1p(-a_last)))
         L_t = torch.zeros_like(L_T)
         for t in reversed(range(self.timesteps)):
             x_t = self.q_sample(x0, t, randn(x0.shape, x0, generator), shift)
             pred_x0, _ = self.denoise(network, x_t, t, shift)
-            if t > 0:    # half the fall of the signal-to-noise ratio (arXiv 2107.00630)
+            if t > 0:    # half the drop in signal-to-noise ratio (arXiv 2107.00630)
                 a_t, a_s = self.alpha_bar_at(t), self.alpha_bar_at(t - 1)
                 weight = 0.5 * (a_s / (1 - a_s) - a_t / (1 - a_t))
                 L_t = L_t + bits(weight * (x0 - pred_x0).square())
         std = self.posterior_variance(1, 0) ** 0.5
-        L_0 = bits(-discretized_log_prob(x0, pred_x0, std))
+        L_0 = bits(-discretized_log_prob(x0, pred_x0, std))    # pred_x0 of the last t, 0
         return {"L_T": L_T, "L_t": L_t, "L_0": L_0, "total": L_T + L_t + L_0}
 
 # --------------------------------------------------------------------------------------------------
@@ -399,7 +398,7 @@ class GaussianDiffusion(nn.Module):
 class UNet(nn.Module):
     """DDPM's U-Net (arXiv 2006.11239, appendix B), with x_hat as extra input channels.
 
-    As in arXiv 2102.09672, the embedding scales and shifts each block, and attention has heads.
+    As in arXiv 2102.09672, the embedding scales and shifts each block; attention is multi-head.
 
     For 32x32 images, width 128, mults (1, 2, 2, 2), two residual blocks and attention at 16:
 
@@ -420,9 +419,9 @@ class UNet(nn.Module):
                  res_blocks=2, attention=(), heads=8, dropout=0.0, z_dim=0):
         super().__init__()
         sizes = [image_size // 2**i for i in range(len(mults))]    # 32, 16, 8, 4
-        factor = 2 ** (len(mults) - 1)
         if not mults:
             raise ValueError("unet_mults is empty; give one multiplier per resolution")
+        factor = 2 ** (len(mults) - 1)
         if image_size % factor:
             raise ValueError(f"image_size {image_size} must be divisible by {factor}, since "
                              f"unet_mults has {len(mults)} entries")
@@ -468,9 +467,8 @@ class UNet(nn.Module):
         if z is not None:
             emb = emb + self.embed_z(z)
         emb = F.silu(emb)    # [B, 4 width]
-        if x_hat is not None:
-            x_t = torch.cat([x_t, x_hat], dim=1)    # [B, C + cond_channels, S, S]
-        h = self.first(x_t)    # [B, width, S, S]
+        h = x_t if x_hat is None else torch.cat([x_t, x_hat], dim=1)
+        h = self.first(h)    # [B, C + cond_channels, S, S] -> [B, width, S, S]
         skips = []
         for downsample, blocks in self.down:
             h = downsample(h)    # [B, c, S, S] -> [B, c, S / 2, S / 2], except at the first level
@@ -534,7 +532,7 @@ def timestep_embedding(t, dim):
     return F.pad(waves, (0, dim % 2))
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with groups of 4 or more channels: 32 groups for 128 channels, 4 for 48, 1 for 6.
+    """GroupNorm, 4 channels or more per group: 32 groups for 128 channels, 4 for 48, 1 for 6.
 
     It keeps the dtype of its input. Autocast on CUDA would use fp32 and lose channels_last.
     """
@@ -550,7 +548,7 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 def zero_module(module):
-    """Zero all parameters, so that what ends in `module` (a residual branch) starts as zero."""
+    """Zero all parameters, so that a branch ending in `module` outputs zero at first."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -578,7 +576,7 @@ def k_means(z, k, generator=None):
 class GaussianMixture(nn.Module):
     """Gaussians with full covariance, fitted by EM: ex-post density estimation (arXiv 1903.12436).
 
-    The codes of real images do not fill N(0, I) evenly. Samples from N(0, I) may fall where no
+    The codes of real images are not distributed as N(0, I). Samples from N(0, I) may fall where no
     image is encoded; samples from the mixture rarely do. Buffers: weights [K], means [K, D],
     scale_tril [K, D, D] (Cholesky factors of the covariances), and `fitted`.
     """
@@ -609,7 +607,7 @@ class GaussianMixture(nn.Module):
         if D != dim:
             raise ValueError(f"z must be [N, {dim}], got [{N}, {D}]")
         finite = int(z.isfinite().all(1).sum())
-        if finite < max(K, N):
+        if N < K or finite < N:
             raise ValueError(f"{K} gmm_components need at least {K} points, all finite; got {N}, "
                              f"{finite} of them finite")
         floor = (1e-6 * z.var(0, unbiased=False).mean() + 1e-9) * torch.eye(D).to(z)
@@ -622,7 +620,7 @@ class GaussianMixture(nn.Module):
             covariances = []
             for r, mean, total in zip(responsibilities.T, self.means, mass):
                 near = r > 1e-12    # leave out points of negligible responsibility
-                y = ((z[near] - mean) * r[near, None].sqrt()).double()    # float32 may be singular
+                y = ((z[near] - mean) * r[near, None].sqrt()).double()    # or else singular
                 covariances.append(y.T @ y / total + floor)
             self.scale_tril = torch.linalg.cholesky(torch.stack(covariances)).to(z)
             joint = self.joint_log_prob(z)
@@ -632,16 +630,16 @@ class GaussianMixture(nn.Module):
                 break
             previous = likelihood
             responsibilities = joint.softmax(1)
-        self.scale_tril = self.scale_tril.contiguous()    # the layout that loading gives
+        self.scale_tril = self.scale_tril.contiguous()    # row-major, as after loading
         self.fitted.fill_(True)
         return self
 
     def joint_log_prob(self, z):
         """log(weight * density) of each component at points z [N, D] -> [N, K]."""
         columns = []
-        for weight, mean, scale_tril in zip(self.weights, self.means, self.scale_tril):
-            white = torch.linalg.solve_triangular(scale_tril, (z - mean).T, upper=False)
-            log_det = scale_tril.diagonal().log().sum()    # white is [D, N]
+        for weight, mean, L in zip(self.weights, self.means, self.scale_tril):
+            white = torch.linalg.solve_triangular(L, (z - mean).T, upper=False)    # [D, N]
+            log_det = L.diagonal().log().sum()
             columns.append(weight.log() - log_det - 0.5 * white.square().sum(0))
         return torch.stack(columns, dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
@@ -685,16 +683,16 @@ class DiffuseVAE(nn.Module):
 
         train      vae.loss(x), then loss(x), with gradients
         generate   sample(n), decode(z), refine(x_hat)
-        analyse    encode(x), invert(x), bits_per_dim(x)
+        analyze    encode(x), invert(x), bits_per_dim(x)
 
     Why two stages suffice: log p(x) >= E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z)), the ELBO. Stage 1
     trains the VAE with its decoder's Gaussian as p(x|z). Stage 2 replaces p(x|z) with a DDPM
-    conditioned on x_hat = decode(z). It bounds log p(x|z) from below, so the inequality still
-    holds. With the VAE frozen, the KL is constant, and training the DDPM tightens the bound.
+    conditioned on x_hat = decode(z), whose own bound lies below log p(x|z), so the inequality still
+    holds. With the VAE frozen, the KL is constant, and training the DDPM raises the bound.
 
     `config` is a Config, or another dataclass with its fields. Images and noise are [N, C, S, S],
-    images in [-1, 1], codes z [N, z_dim]. Pass standard normal noise: formulation 2 adds x_hat
-    itself. Formulation "none" is a plain DDPM without a VAE. A new model is in eval mode (no
+    images in [-1, 1], codes z [N, z_dim]. Pass standard normal noise; in formulation 2 the model
+    adds x_hat. Formulation "none" is a plain DDPM without a VAE. A new model is in eval mode (no
     dropout). Sampling methods take the options `steps`, `eta`, `spacing`, `variance`, `prior` and
     `precision` as keywords, for one call, and raise Config's ValueErrors. They compute no
     gradients.
@@ -730,7 +728,8 @@ class DiffuseVAE(nn.Module):
         """Stage 2 loss for images x [B, C, S, S], a scalar. `unet` replaces self.unet if given.
 
         The VAE gets no gradients. With cond_noise > 0, x_hat gets Gaussian noise of a random
-        standard deviation up to cond_noise (arXiv 2106.15282), so that sampling tolerates noise.
+        standard deviation up to cond_noise (arXiv 2106.15282): sampling then tolerates a flawed
+        x_hat.
         """
         x_hat, z = self.reconstruct(x)
         if self.vae and self.config.cond_noise > 0:
@@ -740,7 +739,7 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x, generator=None):
-        """Images [N, C, S, S] -> x_hat = decode(z), z ~ q(z|x) [N, z_dim]; None without a VAE."""
+        """Images [N, C, S, S] -> x_hat and the z ~ q(z|x) it decodes; both None without a VAE."""
         if not self.vae:
             return None, None
         z = self.encode(x, sample=True, generator=generator)
@@ -763,7 +762,7 @@ class DiffuseVAE(nn.Module):
         return x_hat if self.config.formulation == "2" else 0
 
     def options(self, given, known=SAMPLING):
-        """self.config, with `given` overriding its values for one call. TypeError for others."""
+        """self.config, with `given` overriding its values. TypeError for unknown names."""
         for name in set(given) - set(known):
             raise TypeError(f"unknown sampling option {name!r}; choose from {', '.join(known)}")
         return dataclasses.replace(self.config, **given)
@@ -831,9 +830,9 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def invert(self, x, **options):
-        """Images -> codes z and the noise from which decode(z, noise, eta=0.0) returns them.
+        """Images -> codes z and the noise from which `decode` with eta=0.0 returns them.
 
-        Options: steps, spacing and precision. See GaussianDiffusion.invert. Needs a VAE.
+        Options, the same for both: steps, spacing and precision. See GaussianDiffusion.invert.
         """
         c, z = self.options(options, ("steps", "spacing", "precision")), self.encode(x)
         x_hat = self.vae.decode(z)
@@ -848,8 +847,8 @@ class DiffuseVAE(nn.Module):
         Uses one z ~ q(z|x) per image. Each value is [N], in bits per dimension.
         """
         x_hat, z = self.reconstruct(x, generator)
-        model = self.denoiser(x_hat, z)
-        terms = self.diffusion.bits_per_dim(model, x, self.shift(x_hat), generator)
+        network = self.denoiser(x_hat, z)
+        terms = self.diffusion.bits_per_dim(network, x, self.shift(x_hat), generator)
         kl = torch.zeros_like(terms["total"])
         if self.vae:
             kl = self.vae.kl(*self.vae.encode(x)) / (math.log(2) * x[0].numel())
@@ -886,7 +885,7 @@ class RunOptions:
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
     precision: str = option("auto", "auto: bf16 (old GPUs: fp16) on CUDA, else fp32",
                             choices=("auto", "fp32", "bf16", "fp16"))
-    compile: str = option("auto", "use torch.compile; auto: on CUDA, for unet_width >= 64",
+    compile: str = option("auto", "compile training; auto: on CUDA, for unet_width >= 64",
                           choices=("auto", "on", "off"))
 
 @dataclasses.dataclass
@@ -958,7 +957,7 @@ class SamplingOptions:
     save_images: bool = option(False, "also write PNGs to samples/ and vae_samples/")
 
 @dataclasses.dataclass
-class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # last one first
+class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # last fields first
     """All options of a run. `Config.preset("cifar10", lr=1e-4)` starts from a dataset's defaults.
 
     Raises ValueError for a value outside its choices or range. Conflicts between options surface
@@ -968,8 +967,8 @@ class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # l
     def __post_init__(self):
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
-            value = np.asarray(getattr(self, f.name)).tolist()    # a NumPy number would not load,
-            if f.type in (str, float, tuple):    # nor would a Path or a list
+            value = np.asarray(getattr(self, f.name)).tolist()    # NumPy numbers and Paths
+            if f.type in (str, float, tuple):    # would not load; tolist() makes lists
                 value = f.type(value)
             setattr(self, f.name, value)
             if choices and value not in choices:
@@ -1071,7 +1070,7 @@ def layout(device):
 def lock(path):
     """Hold a lock file so that no other process writes here. ValueError if locked or unwritable.
 
-    The system releases the lock when the process exits. Windows, which lacks flock, does not lock.
+    The system releases the lock when the process exits. Windows has no flock: nothing is locked.
     """
     created = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
     try:
@@ -1137,8 +1136,8 @@ def to_uint8(x):
 def draw_shapes(n, size, seed):
     """n images of a circle, square or triangle -> uint8 [n, 3, size, size], labels [n] in 0..2.
 
-    A small code can hold position, size and the two colors. It drops most of the fine detail, the
-    sharp outline and the phase of the stripes: the VAE averages over it and the DDPM fills it in.
+    A small code can hold position, size and the two colors. It drops most of the fine detail (the
+    sharp outline, the phase of the stripes), which the VAE averages over and the DDPM fills in.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -1224,9 +1223,9 @@ def find_images(folder):
 def load_folder(folder, size, train, channels=3):
     """The images below a folder -> uint8 [N, channels, *size], labels long [N] or None.
 
-    Labels are the first-level subfolders, if every image is in one. A hash of the path assigns
-    about one image in twenty to the test split, so adding images does not reassign the others, and
-    orders the images, so that the first ones are of all classes.
+    Labels are the first-level subfolders, if every image is in one. A hash of the path
+    orders the images, which mixes the classes, and assigns about one in twenty to the test split,
+    so that adding images does not reassign the others.
     Raises ValueError if the split has no usable image.
     """
     if not Path(folder).is_dir():
@@ -1237,7 +1236,8 @@ def load_folder(folder, size, train, channels=3):
     rank = {path: zlib.crc32(path.as_posix().encode(errors="surrogateescape")) for path in files}
     limit = max(2**32 // 20, min(rank.values(), default=0))    # at least one image is for tests
     files = sorted((path for path in files if (rank[path] > limit) == train), key=rank.get)
-    report(f"reading {len(files)} images in {folder}")
+    split = "training" if train else "test"
+    report(f"reading {len(files)} {split} images in {folder}")
     images, labels, bad = np.empty((len(files), channels, *size), np.uint8), [], []
     with ThreadPoolExecutor() as pool:
         decode = functools.partial(decode_image, size=size, channels=channels)
@@ -1253,8 +1253,8 @@ def load_folder(folder, size, train, channels=3):
         names = ", ".join(bad[:10]) + ", ..." * (len(bad) > 10)
         report(f"skipped {len(bad)} of {len(files)} images (damaged or unusable): {names}")
     if not labels:
-        raise ValueError(f"--data-dir {folder} has no usable images for the "
-                         f"{'training' if train else 'test'} split; add images")
+        raise ValueError(f"--data-dir {folder} has no usable images for the {split} split; "
+                         "add images")
     return torch.from_numpy(images[:len(labels)]), torch.tensor(labels) if labeled else None
 
 def load_images(name, data_dir, image_size, split, channels=3):
@@ -1297,7 +1297,7 @@ LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
 CHECKPOINT_FORMAT = 2
 
 def new_state():
-    """The state of training: steps done, log rows, and the optimizer and weights of a stage."""
+    """Training state: steps, log, the current stage's optimizer, the U-Net's weights before EMA."""
     return dict(steps=dict(vae=0, ddpm=0), log=[], stage="", optimizer=None, scaler={},
                 weights=None)
 
@@ -1312,7 +1312,7 @@ def train_vae(model, images, state):
     if state["steps"]["vae"] < c.vae_steps:
         model.mixture.fitted.fill_(False)    # a prior belongs to the VAE it was fitted to
     optimizer, scaler = optimizer_for(vae, "vae", c, device, state)
-    x = random_batch(images, c.vae_batch, c.hflip, device)
+    x = random_batch(images, c.vae_batch, c.hflip, device)    # for the trial in `compiled`
     compute_loss, losses = compiled(vae.loss, c, x, c.kl_weight), []
     for step in range(state["steps"]["vae"], c.vae_steps):
         torch.manual_seed(stream(c.seed, "vae", step))
@@ -1340,7 +1340,7 @@ def train_ddpm(model, images, state):
     optimizer, scaler = optimizer_for(unet, "ddpm", c, device, state)
     if state["stage"] == "ddpm":
         unet.load_state_dict(state["weights"])
-    x = random_batch(images, c.batch_size, c.hflip, device)
+    x = random_batch(images, c.batch_size, c.hflip, device)    # for the trial in `compiled`
     weights = unet.state_dict()    # shares memory with `unet`, so it is always current
     compute_loss, losses = compiled(lambda x: model.loss(x, unet), c, x), []
     for step in range(state["steps"]["ddpm"], c.ddpm_steps):
@@ -1381,7 +1381,7 @@ def advance(state, stage, optimizer, weights=None):
     state.update(stage=stage, optimizer=optimizer.state_dict(), weights=weights)
 
 def log_row(state, losses, network, scaler):
-    """Append the mean losses since the last row to the log; ValueError if they are not finite."""
+    """Append the mean losses to the log; ValueError if they or the parameters are not finite."""
     stage, mean = state["stage"], torch.stack(losses).mean(0)
     step = state["steps"][stage]
     if not all(v.isfinite().all() for v in [mean, *network.parameters()]):
@@ -1395,22 +1395,20 @@ def log_row(state, losses, network, scaler):
     return row
 
 def compiled(function, config, x, *rest):
-    """The function, compiled if the config asks for it and a trial on x [B, ...] and `rest` works.
+    """A loss function, compiled if the config asks for it and a trial on a batch x works.
 
     With "auto", networks too narrow to gain are not compiled, and a failure only prints a warning;
-    with "on" it raises ValueError. Batch sizes other than B run eagerly, to avoid recompiling.
+    with "on" it raises ValueError.
     """
     auto = x.device.type == "cuda" and config.unet_width >= 64 and config.compile == "auto"
     if config.compile != "on" and not auto:
         return function
-    B = len(x)
     try:
         fast = torch.compile(function, dynamic=False)
         with autocast(config.precision, x.device):
             out = fast(x, *rest)
         loss = out[0] if isinstance(out, tuple) else out
-        if loss.requires_grad:    # the backward pass compiles separately
-            loss.backward()
+        loss.backward()    # it compiles separately
     except torch.OutOfMemoryError:
         raise
     except Exception as e:    # no compiler, or an old GPU
@@ -1419,7 +1417,7 @@ def compiled(function, config, x, *rest):
             raise ValueError(f"{message}; use --compile off") from None
         report(f"{message}; continuing without it")
         return function
-    return lambda x, *rest: fast(x, *rest) if len(x) == B else function(x, *rest)
+    return fast
 
 def random_batch(images, n, hflip, device):
     """n random uint8 images [N, C, S, S] -> float [n, C, S, S]; `hflip` flips half of them."""
@@ -1544,10 +1542,10 @@ def draw_grids(grids, columns, across=1, rows=(), ticks=()):
     return fig
 
 def pictures_due(step, total, every):
-    """How many progress pictures a stage has written by `step`: frequent at first."""
+    """How many progress pictures of a stage are due by `step`; most of them are early."""
     if every >= 0:
         return step // every if every else 0
-    return int(2 * math.log2(max(1, 128 * step / total)))    # 14, each sqrt(2) later
+    return int(2 * math.log2(max(1, 128 * step / total)))    # 14 in all, each sqrt(2) later
 
 @torch.no_grad()
 def draw_progress(model, stage, x, path):
@@ -1633,14 +1631,6 @@ def sample_images(model):
     c, run_dir, shown = model.config, Path(model.config.run_dir), {}
     clock = time.perf_counter()
     total = c.num_samples if c.save_images else min(c.num_samples, 64)
-    eager = model.unet.forward
-
-    def compile_first(*inputs):
-        model.unet.forward = compiled(eager, c, *inputs)
-        return model.unet.forward(*inputs)
-
-    if c.save_images or c.compile == "on":    # compiling does not pay off for one picture
-        model.unet.forward = compile_first
     if model.vae and c.prior == "gmm" and not model.mixture.fitted:    # --gmm-components changed
         fit_prior(model, load_split(c, "train"))
     for indices in torch.arange(total).split(c.sample_batch):
@@ -1657,7 +1647,6 @@ def sample_images(model):
     titles = {"vae_samples": "VAE",
               "samples": f"{'refined' if model.vae else 'DDPM'}, {c.steps} steps"}
     grids = [(titles[name], batch) for name, batch in shown.items()]
-    model.unet.forward = eager
     real = ()
     try:
         real = to_float(load_split(c, "test")[:64])
