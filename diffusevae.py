@@ -298,9 +298,9 @@ class GaussianDiffusion(nn.Module):
 
     def step_pairs(self, steps, eta=0.0, spacing="quad", variance="small"):
         """The (t, s) of each sampling step, from noise to image. ValueError for bad options."""
-        if variance == "large" and (eta, steps) != (1, self.timesteps):
-            raise ValueError(f"--variance large needs --eta 1 and --steps {self.timesteps}, got "
-                             f"{eta} and {steps}")
+        if variance != "small" and (variance, eta, steps) != ("large", 1, self.timesteps):
+            raise ValueError(f"variance must be small, or large with eta 1 and {self.timesteps} "
+                             f"steps; got {variance} with eta {eta} and {steps} steps")
         kept = [-1, *timesteps_for(self.timesteps, steps, spacing).tolist()]
         return list(zip(kept[1:], kept))[::-1]    # 10 quad: (999, 809), ..., (9, -1)
 
@@ -519,7 +519,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(3, 4).unbind(1)    # each [B, heads, H * W, C / heads]
+        qkv = qkv.transpose(3, 4).contiguous()    # fused kernels need this layout
+        q, k, v = qkv.unbind(1)    # each [B, heads, H * W, C / heads]
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
 
@@ -600,9 +601,10 @@ class GaussianMixture(nn.Module):
 
         Stops when an iteration raises the mean log-likelihood by less than `tolerance` nats per
         dimension of z. `history` lists the mean log-likelihood, in nats per point, after each
-        iteration. The buffers take the dtype and device of z. Raises ValueError for fewer points
-        than components, a wrong D, and values that are not finite.
+        iteration. Computes in the dtype and on the device of the buffers. Raises ValueError for
+        fewer points than components, a wrong D, and values that are not finite.
         """
+        z = z.to(self.means)
         (N, D), (K, dim) = z.shape, self.means.shape
         if D != dim:
             raise ValueError(f"z must be [N, {dim}], got [{N}, {D}]")
@@ -920,7 +922,7 @@ class ModelOptions:
 class TrainingOptions:
     """Saved with a run. A later command may change them."""
     data_dir: str = option("data", "folder for downloads, or with your images")
-    vae_steps: int = option(100_000, "training steps of the VAE")
+    vae_steps: int = option(100_000, "training steps of the VAE", range=(0, 1_000_000_000))
     ddpm_steps: int = option(400_000, "training steps of the U-Net")
     vae_batch: int = option(128, "batch size of the VAE")
     batch_size: int = option(128, "batch size of the U-Net")
@@ -970,7 +972,6 @@ class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # l
             value = np.asarray(getattr(self, f.name)).tolist()    # NumPy numbers and Paths
             if f.type in (str, float, tuple):    # would not load; tolist() makes lists
                 value = f.type(value)
-            setattr(self, f.name, value)
             if choices and value not in choices:
                 words = ", ".join(map(str, choices))
                 raise ValueError(f"{flag(f.name)} must be one of {words}, got {value!r}")
@@ -978,6 +979,9 @@ class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # l
             numbers = value if f.type is tuple else [value] if f.type in (int, float) else []
             if not all(low <= number <= high for number in numbers):
                 raise ValueError(f"{flag(f.name)} must be between {low} and {high}, got {value}")
+            if f.type is int and value % 1:
+                raise ValueError(f"{flag(f.name)} must be a whole number, got {value}")
+            setattr(self, f.name, int(value) if f.type is int else value)
         name, folder = self.dataset, None
         if name == "folder":
             folder = Path(os.path.expanduser(self.data_dir)).resolve()
@@ -1117,7 +1121,7 @@ def try_to_write(path, write, done=""):
 
 def out_of_memory(e):
     """Whether an exception says that memory ran out."""
-    words = ("of memory", "allocate memory", "enough memory")
+    words = ("of memory", "allocate memory", "enough memory", "size calculation overflowed")
     return isinstance(e, MemoryError) or any(w in str(e) for w in words)
 
 # --------------------------------------------------------------------------------------------------
@@ -1262,6 +1266,8 @@ def load_images(name, data_dir, image_size, split, channels=3):
 
     `channels` is for a folder, whose labels may be None. Raises ValueError for missing data.
     """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be train or test, got {split!r}")
     train, size = split == "train", [image_size, image_size]
     if name == "shapes":
         n, seed = (50_000, 1) if train else (10_000, 2)
@@ -1305,9 +1311,10 @@ def train_vae(model, images, state):
     """Stage 1: train model.vae on uint8 images [N, C, S, S]; a generator of log rows.
 
     Whenever it yields, every `log_every` steps, `model` and `state` hold all that is needed to
-    resume. The randomness of a step depends only on the seed and the step, so a resumed run equals
-    an uninterrupted one. Raises ValueError if the loss or a parameter is not finite.
+    resume. Each step seeds PyTorch's global generator from the seed and the step, so a resumed run
+    equals an uninterrupted one. Raises ValueError if the loss or a parameter is not finite.
     """
+    model.require_vae()
     c, vae, device = model.config, model.vae, model.device
     if state["steps"]["vae"] < c.vae_steps:
         model.mixture.fitted.fill_(False)    # a prior belongs to the VAE it was fitted to
@@ -1421,7 +1428,7 @@ def compiled(function, config, x, *rest):
 
 def random_batch(images, n, hflip, device):
     """n random uint8 images [N, C, S, S] -> float [n, C, S, S]; `hflip` flips half of them."""
-    x = images[torch.randint(len(images), (n,), device=images.device)]
+    x = images[torch.randint(len(images), (n,))]    # chosen on the CPU: the same on any device
     x = to_float(x.to(device))
     if hflip:
         x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
@@ -1446,7 +1453,7 @@ def fit_prior(model, images):
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")    # no TF32 in distances and covariances
     try:
-        mixture.fit(z.to(mixture.means), generator=g)
+        mixture.fit(z, generator=g)
     finally:
         torch.set_float32_matmul_precision(precision)
     report(f"prior: {c.gmm_components} Gaussians, "
@@ -1459,6 +1466,8 @@ def save_checkpoint(model, state):
     """
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
+    if model.vae:    # the mixture may have been replaced
+        options["gmm_components"] = len(model.mixture.weights)
     saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(), **state)
     try:
         write_atomically(path, lambda p: torch.save(saved, p))

@@ -600,8 +600,9 @@ def test_timesteps_for_known_lists(spacing, steps, expected):
     ("betas", lambda: GaussianDiffusion(100, 1e-3, 1.0)), ("schedule", lambda: GaussianDiffusion(schedule="sine")),
     ("predict", lambda: GaussianDiffusion(predict="x0")),
     ("steps", lambda: GaussianDiffusion(100, 1e-3, 0.2).sample(wavy, double(1, 1), 101)),
-    ("variance large needs", lambda: GaussianDiffusion(100).sample(wavy, double(1, 1), 100, 0.5, variance="large")),
-    ("variance large needs", lambda: GaussianDiffusion(100).sample(wavy, double(1, 1), 99, 1.0, variance="large"))))
+    ("variance must be small", lambda: GaussianDiffusion(100).sample(wavy, double(1, 1), 100, 0.5, variance="large")),
+    ("variance must be small", lambda: GaussianDiffusion(100).sample(wavy, double(1, 1), 99, 1.0, variance="large")),
+    ("variance must be small", lambda: GaussianDiffusion(100).sample(wavy, double(1, 1), 100, 1.0, variance="Large"))))
 def test_diffusion_refuses(words, call):
     """What would sample wrongly is a ValueError that names the argument (0.60 and 0.15 of the image are left)."""
     with pytest.raises(ValueError, match=words):
@@ -669,6 +670,17 @@ def test_attention_is_softmax_attention():
         heads.append(torch.einsum("bnm,bcm->bcn", weights, v[:, h]))
     out = torch.einsum("oc,bcn->bon", layer.out.weight[:, :, 0, 0], torch.cat(heads, 1)) + layer.out.bias[:, None]
     assert torch.allclose(layer(x), x + out.view_as(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+def test_attention_suits_the_fused_kernels(monkeypatch, memory_format):
+    """PyTorch's fused kernels need the last dimension of q, k and v to be contiguous; the slow one takes anything."""
+    real, strides = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *qkv: strides.extend(a.stride(-1) for a in qkv) or real(*qkv))
+    layer = diffusevae.Attention(8, 2).to(memory_format=memory_format)
+    layer(torch.randn(2, 8, 3, 4).contiguous(memory_format=memory_format))
+    assert strides == [1, 1, 1]
 
 
 def test_block_is_scaled_and_shifted_by_the_embedding():
@@ -790,7 +802,7 @@ def test_k_means_without_clusters():
 def test_mixture_recovers_a_known_one():
     """EM on draws of three well separated Gaussians finds their weights, means and covariances."""
     n = 20_000
-    found = GaussianMixture(3, 2).fit(known_mixture().sample((n,)), generator=torch.Generator().manual_seed(0))
+    found = GaussianMixture(3, 2).double().fit(known_mixture().sample((n,)), generator=torch.Generator().manual_seed(0))
     order = torch.cdist(MEANS, found.means).argmin(1)
     assert sorted(order.tolist()) == [0, 1, 2]
     truth, got = SCALE_TRIL @ SCALE_TRIL.mT, (found.scale_tril @ found.scale_tril.mT)[order]
@@ -806,7 +818,8 @@ def test_mixture_recovers_a_known_one():
 def test_mixture_likelihood_never_falls():
     """On overlapping clusters, with too many components, history rises, and ends at the mean of log_prob."""
     z = torch.cat([double(300, 3), double(300, 3) * 0.5 + 1, double(5, 3) * 3])
-    mixture = GaussianMixture(8, 3).fit(z, iterations=60, tolerance=0.0, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    mixture = GaussianMixture(8, 3).double().fit(z, iterations=60, tolerance=0.0, generator=g)
     steps = np.diff(mixture.history)
     assert mixture.fitted
     assert len(steps) > 5 and steps[:-1].min() > -1e-6 and steps.min() > -1e-6    # slack: the covariances' floor
@@ -860,7 +873,7 @@ def test_mixture_degenerate_data(name, components, dtype):
     """Fewer points than dimensions, duplicates, constant dimensions, one component: finite, and can be drawn from."""
     z = dict(few=double(5, 20), one=double(50, 3), same=torch.ones(30, 4, dtype=torch.float64), far=1e4 + double(60, 2),
              constant=torch.cat([double(40, 2), torch.full((40, 1), 3.0)], 1)).get(name, double(6, 2)).to(dtype)
-    mixture = GaussianMixture(components, z.shape[1]).fit(z, generator=torch.Generator().manual_seed(0))
+    mixture = GaussianMixture(components, z.shape[1]).to(z.dtype).fit(z, generator=torch.Generator().manual_seed(0))
     draws = mixture.sample(20, torch.Generator().manual_seed(1))
     assert mixture.log_prob(z).isfinite().all() and draws.isfinite().all() and draws.dtype == dtype
     if components == 1:    # the maximum-likelihood Gaussian
@@ -889,6 +902,15 @@ def test_mixture_refuses(z, words):
         mixture.fit(z)
     with pytest.raises(ValueError, match="not fitted"):    # zeros are no prior
         mixture.sample(3)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float64))
+def test_mixture_computes_in_its_own_dtype(dtype):
+    """Codes of any dtype are fitted like the same codes in that of the buffers; MPS has no float64."""
+    z = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    fit = lambda z: GaussianMixture(2, 2).fit(z, generator=torch.Generator().manual_seed(1)).state_dict()
+    for name, value in fit(z).items():
+        assert torch.equal(value, fit(z.float())[name]) and value.dtype != torch.float64
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -1277,6 +1299,34 @@ def test_a_prior_belongs_to_its_vae():
     assert torch.equal(means[0], means[1]) and not torch.allclose(means[1], means[2])
 
 
+def test_a_swapped_prior_can_be_saved():
+    """A checkpoint with a mixture of another size than --gmm-components loads, and the command line goes on with it."""
+    assert command("--run-dir", "r", "--stage", "vae") == 0
+    model, state = diffusevae.load_run("r")
+    z = torch.randn(60, model.config.z_dim, generator=torch.Generator().manual_seed(0))
+    model.mixture = GaussianMixture(7, model.config.z_dim).fit(z, generator=torch.Generator().manual_seed(1))
+    diffusevae.save_checkpoint(model, state)
+    loaded = diffusevae.load_run("r")[0]
+    assert loaded.config.gmm_components == 7 and torch.equal(loaded.mixture.means, model.mixture.means)
+    assert command("--run-dir", "r") == 0
+    assert torch.equal(diffusevae.load_run("r")[0].mixture.means, model.mixture.means)
+
+
+def test_a_model_built_by_hand_goes_on_from_the_command_line(capsys):
+    """A run whose VAE came from another model continues with --vae-steps 0, as the message says."""
+    model, state = DiffuseVAE(tiny(run_dir="r", gmm_components=3)), new_state()
+    images = diffusevae.draw_shapes(8, 8, 0)[0]
+    diffusevae.fit_prior(model, images)
+    before = copy.deepcopy(model.vae.state_dict())
+    next(train_ddpm(model, images, state))
+    diffusevae.save_checkpoint(model, state)
+    assert "--vae-steps 0" in refusal(capsys, command("--run-dir", "r"))
+    assert command("--run-dir", "r", vae_steps=0) == 0
+    after, state = diffusevae.load_run("r")
+    assert state["steps"] == dict(vae=0, ddpm=4)
+    assert all(torch.equal(value, before[name]) for name, value in after.vae.state_dict().items())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_trains():
     """Both stages run on CUDA in its automatic precision, and their losses are finite."""
@@ -1404,7 +1454,7 @@ def test_options_for_one_call():
                         ("--eta must be between 0 and 1, got nan", dict(eta=math.nan)),
                         ("--spacing must be one of uniform, trailing, quad, got 'even'", dict(spacing="even")),
                         ("steps must be", dict(steps=1001)), ("--prior must be one of", dict(prior="flat")),
-                        ("variance large needs", dict(variance="large", eta=1.0))):
+                        ("variance must be small", dict(variance="large", eta=1.0))):
         with pytest.raises(ValueError, match=word):
             model.sample(1, **value)
     for call in (lambda: model.decode(z, seed=3), lambda: model.sample(1, temperature=2),
@@ -2085,10 +2135,11 @@ def refusal(capsys, code):
     ("--steps 0", "--steps must be between 1 and 1000000000, got 0"), ("--steps -1", "must be between 1 and 1000000000, got -1"),
     ("--steps 1001", "steps must be between 1 and 1000"), ("--eta 1.5", "--eta must be between 0 and 1, got 1.5"),
     ("--eta -0.1", "--eta must be between 0 and 1, got -0.1"), ("--eta nan", "--eta must be between"),
-    ("--lr inf", "--lr must be between"), ("--variance large", "variance large needs"),
-    ("--variance large --eta 1", "variance large needs"), ("--variance large --steps 1000", "variance large needs"),
-    ("--variance large --timesteps 20 --steps 20 --eta 0.9", "variance large needs"),
-    ("--stage vae --variance large", "variance large needs"), ("--stage sample", "no model.pt in r"),
+    ("--lr inf", "--lr must be between"), ("--variance large", "variance must be small"),
+    ("--z-dim 1000000000", "out of memory"), ("--variance large --eta 1", "variance must be small"),
+    ("--variance large --steps 1000", "variance must be small"),
+    ("--variance large --timesteps 20 --steps 20 --eta 0.9", "variance must be small"),
+    ("--stage vae --variance large", "variance must be small"), ("--stage sample", "no model.pt in r"),
     ("--frobnicate 3", "--frobnicate"), ("--z-dim x", "--z-dim"),
     ("--unet-mults 0,1", "--unet-mults"), ("--unet-mults none", "unet_mults"),
     ("--unet-mults 1,x", "--unet-mults: invalid integers value: '1,x'"), ("--timesteps 1", "--timesteps"),
@@ -2388,7 +2439,7 @@ def test_own_files_among_the_samples():
     ("--dataset folder --data-dir nowhere --image-size 250 --unet-mults 1,2", "image_size 250 halves to 125"),
     ("--image-size 8 --heads 3 --unet-mults 1,2", "heads must divide"),
     ("--run-dir file", "--run-dir file"), ("--run-dir file/r", "--run-dir file/r"),
-    ("--image-size 8 --unet-mults 1,2 --variance large", "variance large")))
+    ("--image-size 8 --unet-mults 1,2 --variance large", "large with eta 1 and")))
 def test_refused_before_anything_is_built(capsys, monkeypatch, words, named):
     """What cannot work is refused before a network has weights or an image is read."""
     made, init = [], torch.nn.init.kaiming_normal_
@@ -3296,6 +3347,26 @@ def test_config_takes_paths_and_numpy_numbers():
     """Values that a checkpoint could not hold are made plain: a Path, a NumPy number, a list."""
     c = Config.preset("shapes", run_dir=Path("r"), lr=np.float32(0.5), unet_mults=[1, 2])
     assert (c.run_dir, c.lr, c.unet_mults) == ("r", 0.5, (1, 2)) and type(c.lr) is float
+
+
+def test_whole_numbers():
+    """1e4 is a number of steps, kept as an int; 2.5 is not."""
+    c = Config.preset("shapes", ddpm_steps=1e4)
+    assert c.ddpm_steps == 10_000 and type(c.ddpm_steps) is int
+    with pytest.raises(ValueError, match="--z-dim must be a whole number, got 2.5"):
+        Config.preset("shapes", z_dim=2.5)
+
+
+def test_unknown_split_is_refused():
+    """Any other word than train and test would give the test images, if it were not refused."""
+    with pytest.raises(ValueError, match="split must be train or test, got 'val'"):
+        diffusevae.load_images("shapes", "data", 8, "val")
+
+
+def test_without_a_vae_there_is_no_first_stage():
+    """train_vae of a plain DDPM is a ValueError that says so."""
+    with pytest.raises(ValueError, match="formulation none has no VAE"):
+        next(train_vae(DiffuseVAE(tiny(formulation="none")), diffusevae.draw_shapes(8, 8, 0)[0], new_state()))
 
 
 # --------------------------------------------------------------------------------------------------------
