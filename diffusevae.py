@@ -155,11 +155,11 @@ def discretized_log_prob(x, mean, std):
     return p.clamp(min=1e-12).log()
 
 def timesteps_for(T, n, spacing="quad"):
-    """Choose n of the timesteps 0..T-1: long [n], increasing, for i = 0..n-1.
+    """Choose n of the timesteps 0..T-1: long [n], increasing. With i = 0..n-1, entry i is
 
         uniform   i T // n                          "linear" in DDIM (2010.02502, appendix D.2)
         trailing  (i + 1) T // n - 1                ends at T - 1, where x_t is pure noise
-        quad      max(i, (i + 1)^2 T // n^2 - 1)    also ends at T - 1; most steps at low noise
+        quad      max(i, (i + 1)^2 T // n^2 - 1)    also ends at T - 1; most at low noise
 
     DDIM's quadratic spacing stops at 0.8 T, where x_t is not yet pure noise. A single step is
     always [T - 1]. Raises ValueError if n is not in 1..T or the spacing is unknown.
@@ -389,7 +389,7 @@ class GaussianDiffusion(nn.Module):
                 weight = 0.5 * (a_s / (1 - a_s) - a_t / (1 - a_t))
                 L_t = L_t + bits(weight * (x0 - pred_x0).square())
         std = self.posterior_variance(1, 0) ** 0.5
-        L_0 = bits(-discretized_log_prob(x0, pred_x0, std))    # pred_x0 of the last t, 0
+        L_0 = bits(-discretized_log_prob(x0, pred_x0, std))    # pred_x0 is from t = 0
         return {"L_T": L_T, "L_t": L_t, "L_0": L_0, "total": L_T + L_t + L_0}
 
 # --------------------------------------------------------------------------------------------------
@@ -622,7 +622,7 @@ class GaussianMixture(nn.Module):
             covariances = []
             for r, mean, total in zip(responsibilities.T, self.means, mass):
                 near = r > 1e-12    # leave out points of negligible responsibility
-                y = ((z[near] - mean) * r[near, None].sqrt()).double()    # or else singular
+                y = ((z[near] - mean) * r[near, None].sqrt()).double()    # fp32 may fail
                 covariances.append(y.T @ y / total + floor)
             self.scale_tril = torch.linalg.cholesky(torch.stack(covariances)).to(z)
             joint = self.joint_log_prob(z)
@@ -689,7 +689,7 @@ class DiffuseVAE(nn.Module):
 
     Why two stages suffice: log p(x) >= E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z)), the ELBO. Stage 1
     trains the VAE with its decoder's Gaussian as p(x|z). Stage 2 replaces p(x|z) with a DDPM
-    conditioned on x_hat = decode(z), whose own bound lies below log p(x|z), so the inequality still
+    conditioned on x_hat = decode(z). The DDPM bounds log p(x|z) from below, so the inequality still
     holds. With the VAE frozen, the KL is constant, and training the DDPM raises the bound.
 
     `config` is a Config, or another dataclass with its fields. Images and noise are [N, C, S, S],
@@ -741,7 +741,7 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, x, generator=None):
-        """Images [N, C, S, S] -> x_hat and the z ~ q(z|x) it decodes; both None without a VAE."""
+        """Images [N, C, S, S] -> x_hat and its code z ~ q(z|x); both None without a VAE."""
         if not self.vae:
             return None, None
         z = self.encode(x, sample=True, generator=generator)
@@ -832,9 +832,9 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def invert(self, x, **options):
-        """Images -> codes z and the noise from which `decode` with eta=0.0 returns them.
+        """Images -> codes z and noise that `decode` with eta=0.0 maps back to them.
 
-        Options, the same for both: steps, spacing and precision. See GaussianDiffusion.invert.
+        Pass `decode` the same steps, spacing and precision. See GaussianDiffusion.invert.
         """
         c, z = self.options(options, ("steps", "spacing", "precision")), self.encode(x)
         x_hat = self.vae.decode(z)
@@ -887,7 +887,7 @@ class RunOptions:
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
     precision: str = option("auto", "auto: bf16 (old GPUs: fp16) on CUDA, else fp32",
                             choices=("auto", "fp32", "bf16", "fp16"))
-    compile: str = option("auto", "compile training; auto: on CUDA, for unet_width >= 64",
+    compile: str = option("auto", "compile the loss; auto: on CUDA, for unet_width >= 64",
                           choices=("auto", "on", "off"))
 
 @dataclasses.dataclass
@@ -959,7 +959,7 @@ class SamplingOptions:
     save_images: bool = option(False, "also write PNGs to samples/ and vae_samples/")
 
 @dataclasses.dataclass
-class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # last fields first
+class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # last base first
     """All options of a run. `Config.preset("cifar10", lr=1e-4)` starts from a dataset's defaults.
 
     Raises ValueError for a value outside its choices or range. Conflicts between options surface
@@ -969,8 +969,8 @@ class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # l
     def __post_init__(self):
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
-            value = np.asarray(getattr(self, f.name)).tolist()    # NumPy numbers and Paths
-            if f.type in (str, float, tuple):    # would not load; tolist() makes lists
+            value = np.asarray(getattr(self, f.name)).tolist()    # NumPy types do not load,
+            if f.type in (str, float, tuple):    # nor do Paths; a list becomes a tuple
                 value = f.type(value)
             if choices and value not in choices:
                 words = ", ".join(map(str, choices))
@@ -1228,8 +1228,8 @@ def load_folder(folder, size, train, channels=3):
     """The images below a folder -> uint8 [N, channels, *size], labels long [N] or None.
 
     Labels are the first-level subfolders, if every image is in one. A hash of the path
-    orders the images, which mixes the classes, and assigns about one in twenty to the test split,
-    so that adding images does not reassign the others.
+    orders the images, mixing the classes, and puts about one image in twenty in the test split, so
+    adding images does not reassign the others.
     Raises ValueError if the split has no usable image.
     """
     if not Path(folder).is_dir():
@@ -1303,7 +1303,7 @@ LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
 CHECKPOINT_FORMAT = 2
 
 def new_state():
-    """Training state: steps, log, the current stage's optimizer, the U-Net's weights before EMA."""
+    """Training state: steps, log, the current stage's optimizer, the U-Net's unaveraged weights."""
     return dict(steps=dict(vae=0, ddpm=0), log=[], stage="", optimizer=None, scaler={},
                 weights=None)
 
@@ -1415,7 +1415,7 @@ def compiled(function, config, x, *rest):
         with autocast(config.precision, x.device):
             out = fast(x, *rest)
         loss = out[0] if isinstance(out, tuple) else out
-        loss.backward()    # it compiles separately
+        loss.backward()    # compiled separately
     except torch.OutOfMemoryError:
         raise
     except Exception as e:    # no compiler, or an old GPU
@@ -1428,7 +1428,7 @@ def compiled(function, config, x, *rest):
 
 def random_batch(images, n, hflip, device):
     """n random uint8 images [N, C, S, S] -> float [n, C, S, S]; `hflip` flips half of them."""
-    x = images[torch.randint(len(images), (n,))]    # chosen on the CPU: the same on any device
+    x = images[torch.randint(len(images), (n,))]    # CPU generator: the same indices anywhere
     x = to_float(x.to(device))
     if hflip:
         x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
@@ -1554,7 +1554,7 @@ def pictures_due(step, total, every):
     """How many progress pictures of a stage are due by `step`; most of them are early."""
     if every >= 0:
         return step // every if every else 0
-    return int(2 * math.log2(max(1, 128 * step / total)))    # 14 in all, each sqrt(2) later
+    return int(2 * math.log2(max(1, 128 * step / total)))    # 14, by factors of sqrt(2)
 
 @torch.no_grad()
 def draw_progress(model, stage, x, path):
