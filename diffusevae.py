@@ -887,7 +887,7 @@ class RunOptions:
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
     precision: str = option("auto", "auto: bf16 (old GPUs: fp16) on CUDA, else fp32",
                             choices=("auto", "fp32", "bf16", "fp16"))
-    compile: str = option("auto", "compile the loss; auto: on CUDA, for unet_width >= 64",
+    compile: str = option("auto", "torch.compile in training; auto: on CUDA, unet_width >= 64",
                           choices=("auto", "on", "off"))
 
 @dataclasses.dataclass
