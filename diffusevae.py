@@ -1320,12 +1320,12 @@ def train_vae(model, images, state):
         model.mixture.fitted.fill_(False)    # a prior belongs to the VAE it was fitted to
     optimizer, scaler = optimizer_for(vae, "vae", c, device, state)
     x = random_batch(images, c.vae_batch, c.hflip, device)    # for the trial in `compiled`
-    compute_loss, losses = compiled(vae.loss, c, x, c.kl_weight), []
+    compute_loss, losses = compiled(lambda x: vae.loss(x, c.kl_weight), c, x), []
     for step in range(state["steps"]["vae"], c.vae_steps):
         torch.manual_seed(stream(c.seed, "vae", step))
         x = random_batch(images, c.vae_batch, c.hflip, device)
         with autocast(c.precision, device):
-            loss, recon, kl = compute_loss(x, c.kl_weight)
+            loss, recon, kl = compute_loss(x)
         optimizer.param_groups[0]["lr"] = lr_at(step, c.vae_steps, c.vae_lr, c.warmup)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -1401,7 +1401,7 @@ def log_row(state, losses, network, scaler):
     state["scaler"] = scaler.state_dict()
     return row
 
-def compiled(function, config, x, *rest):
+def compiled(function, config, x):
     """A loss function, compiled if the config asks for it and a trial on a batch x works.
 
     With "auto", networks too narrow to gain are not compiled, and a failure only prints a warning;
@@ -1413,7 +1413,7 @@ def compiled(function, config, x, *rest):
     try:
         fast = torch.compile(function, dynamic=False)
         with autocast(config.precision, x.device):
-            out = fast(x, *rest)
+            out = fast(x)
         loss = out[0] if isinstance(out, tuple) else out
         loss.backward()    # compiled separately
     except torch.OutOfMemoryError:
