@@ -1311,8 +1311,8 @@ def train_vae(model, images, state):
     """Stage 1: train model.vae on uint8 images [N, C, S, S]; a generator of log rows.
 
     Whenever it yields, every `log_every` steps, `model` and `state` hold all that is needed to
-    resume. Each step seeds PyTorch's global generator from the seed and the step, so a resumed run
-    equals an uninterrupted one. Raises ValueError if the loss or a parameter is not finite.
+    resume. Each step seeds PyTorch's global generator from the seed and the step, so on a CPU
+    a resumed run equals an uninterrupted one. ValueError if the loss or a parameter is not finite.
     """
     model.require_vae()
     c, vae, device = model.config, model.vae, model.device
@@ -1428,7 +1428,7 @@ def compiled(function, config, x):
 
 def random_batch(images, n, hflip, device):
     """n random uint8 images [N, C, S, S] -> float [n, C, S, S]; `hflip` flips half of them."""
-    x = images[torch.randint(len(images), (n,))]    # CPU generator: the same indices anywhere
+    x = images[torch.randint(len(images), (n,), device=images.device)]
     x = to_float(x.to(device))
     if hflip:
         x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
