@@ -519,8 +519,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        qkv = qkv.transpose(3, 4).contiguous()    # fused kernels need this layout
-        q, k, v = qkv.unbind(1)    # each [B, heads, H * W, C / heads]
+        qkv = qkv.permute(1, 0, 2, 4, 3).contiguous()    # fused kernels need this layout
+        q, k, v = qkv    # each [B, heads, H * W, C / heads]
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
 
@@ -535,7 +535,7 @@ def timestep_embedding(t, dim):
 class GroupNorm(nn.GroupNorm):
     """GroupNorm, 4 channels or more per group: 32 groups for 128 channels, 4 for 48, 1 for 6.
 
-    It keeps the dtype of its input. Autocast on CUDA would use fp32 and lose channels_last.
+    It keeps the dtype of its input. Autocast on CUDA would use fp32.
     """
 
     def __init__(self, channels):
@@ -660,7 +660,7 @@ class GaussianMixture(nn.Module):
         u = torch.special.ndtr(noise[:, 0])    # uniform in [0, 1]
         component = torch.searchsorted(self.weights.cumsum(0), u).clamp(max=len(self.means) - 1)
         z = self.means[component]
-        for i, k in enumerate(component):    # scale_tril[component] may not fit in memory
+        for i, k in enumerate(component.tolist()):    # scale_tril[component] may not fit in memory
             z[i] += self.scale_tril[k] @ noise[i, 1:]
         return z
 
@@ -1121,7 +1121,8 @@ def try_to_write(path, write, done=""):
 
 def out_of_memory(e):
     """Whether an exception says that memory ran out."""
-    words = ("of memory", "allocate memory", "enough memory", "size calculation overflowed")
+    words = ("of memory", "allocate memory", "enough memory", "Invalid buffer size",
+             "size calculation overflowed")
     return isinstance(e, MemoryError) or any(w in str(e) for w in words)
 
 # --------------------------------------------------------------------------------------------------
@@ -1374,10 +1375,15 @@ def train_ddpm(model, images, state):
 def optimizer_for(network, stage, config, device, state):
     """Adam and a gradient scaler (enabled only for fp16), restored if `state` is from `stage`."""
     fp16 = half_precision(config.precision, device) == torch.float16
+    if fp16 and device.type == "mps":
+        raise ValueError("fp16 cannot train on MPS; use --precision fp32 or bf16")
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     if state["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():    # their layout, if saved on another device
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(p).copy_(moments[name])
         if fp16 and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     return optimizer, scaler
@@ -1626,8 +1632,8 @@ def draw_latents(model, x):
     noise_walk = slerp(noise[0], noise[1], u)
     rows = {"test image": x, **rows,
             "walk in z\nVAE": model.vae.decode(z_walk),
-            "walk in z\nrefined": decode(z_walk, noise[:1].expand_as(noise)),
-            "walk in noise\nrefined": decode(z[:1].expand_as(z), noise_walk)}
+            "walk in z\nrefined": decode(z_walk, noise[:1].repeat(len(x), 1, 1, 1)),
+            "walk in noise\nrefined": decode(z[:1].repeat(len(x), 1), noise_walk)}
     title = "reconstruction, then walks from the first test image to the second"
     return draw_grids([(title, torch.cat(list(rows.values())))], len(x), rows=list(rows))
 
@@ -1692,6 +1698,7 @@ def run(given):
     c = Config.preset(**given)
     device, run_dir = find_device(c.device), Path(c.run_dir)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     training = contextlib.nullcontext()
@@ -1757,7 +1764,7 @@ def train(model, state):
     if c.stage == "vae" and not model.vae:
         raise ValueError("--formulation none has no VAE to train; use --stage ddpm")
     device = model.device
-    if device.type != "cuda" or images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)    # if they fit
     report(f"{c.dataset}: {len(images)} images of {c.image_size}x{c.image_size} pixels, "
            f"formulation {c.formulation}, {device.type}")

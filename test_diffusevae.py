@@ -674,13 +674,13 @@ def test_attention_is_softmax_attention():
 
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
 def test_attention_suits_the_fused_kernels(monkeypatch, memory_format):
-    """PyTorch's fused kernels need the last dimension of q, k and v to be contiguous; the slow one takes anything."""
-    real, strides = F.scaled_dot_product_attention, []
+    """q, k and v are contiguous: the fused kernels need it of the last dimension, some of MPS's of all of them."""
+    real, packed = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda *qkv: strides.extend(a.stride(-1) for a in qkv) or real(*qkv))
+                        lambda *qkv: packed.extend(a.is_contiguous() for a in qkv) or real(*qkv))
     layer = diffusevae.Attention(8, 2).to(memory_format=memory_format)
     layer(torch.randn(2, 8, 3, 4).contiguous(memory_format=memory_format))
-    assert strides == [1, 1, 1]
+    assert packed == [True] * 3
 
 
 def test_block_is_scaled_and_shifted_by_the_embedding():
@@ -1189,6 +1189,33 @@ def test_fp16_resumes_bit_identical():
                     model.config.precision = "fp16"    # per command, not saved
     assert alike("a/model.pt", "b/model.pt") and len(scales) == 6
     assert 0 < scales[0][0] < 2**16 and scales[0] != scales[1]    # a scale halved to keep, and a count of steps
+
+
+@pytest.mark.parametrize("stage, train, network", (("vae", train_vae, "vae"), ("ddpm", train_ddpm, "unet")))
+def test_resuming_in_another_memory_format(stage, train, network):
+    """Adam's moments saved in the format of another device meet their own weights: the run ends as one in one go."""
+    images, ends = diffusevae.draw_shapes(8, 8, 0)[0], []
+    for moved in (False, True):
+        torch.manual_seed(0)
+        model = DiffuseVAE(tiny(vae_steps=6, ddpm_steps=6, log_every=3)).to(memory_format=torch.channels_last)
+        state = new_state()
+        if stage == "ddpm":
+            list(train_vae(model, images, state))
+        next(train(model, images, state))
+        for moments in state["optimizer"]["state"].values() if moved else ():
+            moments.update((name, moments[name].contiguous()) for name in ("exp_avg", "exp_avg_sq"))
+        list(train(model, images, state))
+        ends.append(list(getattr(model, network).parameters()))
+    assert all(torch.equal(one, two) for one, two in zip(*ends, strict=True))
+
+
+def test_fp16_does_not_train_on_mps():
+    """Its fused Adam does not know the gradient scaler in many versions of PyTorch: refused, with what to use."""
+    network, mps = torch.nn.Linear(2, 2), torch.device("mps")
+    with pytest.raises(ValueError, match="fp16 cannot train on MPS; use --precision fp32 or bf16"):
+        diffusevae.optimizer_for(network, "vae", tiny(precision="fp16"), mps, new_state())
+    for precision in ("fp32", "bf16", "auto"):
+        diffusevae.optimizer_for(network, "vae", tiny(precision=precision), mps, new_state())
 
 
 @pytest.mark.parametrize("stage, train, network", (("vae", train_vae, "vae"), ("ddpm", train_ddpm, "unet")))
@@ -2461,11 +2488,11 @@ def test_refused_before_anything_is_built(capsys, monkeypatch, words, named):
 
 
 def test_lack_of_memory_is_one_sentence(capsys, monkeypatch):
-    """What CUDA and the CPU raise for want of memory: the options to lower are named, the checkpoint is kept."""
+    """What CUDA, the CPU and MPS raise for want of memory: the options to lower are named, the checkpoint is kept."""
     assert command("--run-dir", "r") == 0
     before, loss = Path("r/model.pt").read_bytes(), DiffuseVAE.loss
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory"),
-                  MemoryError()):
+                  RuntimeError("Invalid buffer size: 19.45 GB"), MemoryError()):    # the third is from MPS
         def fail(self, x, unet=None, error=error):
             raise error
         monkeypatch.setattr(DiffuseVAE, "loss", fail)
@@ -2804,9 +2831,13 @@ def test_latents_picture(monkeypatch):
     model, seen = with_prior(perturbed(DiffuseVAE(tiny(timesteps=100, steps=20)), 0.02)), []
     take = lambda grids, columns, **options: seen.append((grids, columns, options))
     monkeypatch.setattr(diffusevae, "draw_grids", take)
-    x = torch.rand(4, 3, 8, 8) - 0.5
+    x, real = torch.rand(4, 3, 8, 8) - 0.5, model.diffusion.sample
+    packed = lambda network, noise, *a, **k: real(network, seen.append(noise.stride()) or noise, *a, **k)
+    monkeypatch.setattr(model.diffusion, "sample", packed)
+    model.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
     diffusevae.draw_latents(model, x)
     ((title, images),), columns, options = seen.pop()
+    assert len(seen) >= 8 and all(min(s) > 0 for s in seen)    # expanded tensors: some versions of MPS misread them
     rows, labels = images.view(7, 4, 3, 8, 8), options["rows"]
     assert columns == 4 and len(labels) == 7
     z, noise = model.invert(x, steps=20)
