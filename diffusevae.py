@@ -1376,12 +1376,12 @@ def optimizer_for(network, stage, config, device, state):
     """Adam and a gradient scaler (enabled only for fp16), restored if `state` is from `stage`."""
     fp16 = half_precision(config.precision, device) == torch.float16
     if fp16 and device.type == "mps":
-        raise ValueError("fp16 cannot train on MPS; use --precision fp32 or bf16")
+        raise ValueError("cannot train in fp16 on MPS; use --precision fp32 or bf16")
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     if state["stage"] == stage:
         optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():    # their layout, if saved on another device
+        for p, moments in optimizer.state.items():    # match p's layout, if saved elsewhere
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = torch.empty_like(p).copy_(moments[name])
         if fp16 and state["scaler"]:

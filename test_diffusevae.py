@@ -674,7 +674,7 @@ def test_attention_is_softmax_attention():
 
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
 def test_attention_suits_the_fused_kernels(monkeypatch, memory_format):
-    """q, k and v are contiguous: the fused kernels need it of the last dimension, some of MPS's of all of them."""
+    """q, k and v are contiguous: fused kernels need a contiguous last dimension, some on MPS all of them."""
     real, packed = F.scaled_dot_product_attention, []
     monkeypatch.setattr(F, "scaled_dot_product_attention",
                         lambda *qkv: packed.extend(a.is_contiguous() for a in qkv) or real(*qkv))
@@ -1193,7 +1193,7 @@ def test_fp16_resumes_bit_identical():
 
 @pytest.mark.parametrize("stage, train, network", (("vae", train_vae, "vae"), ("ddpm", train_ddpm, "unet")))
 def test_resuming_in_another_memory_format(stage, train, network):
-    """Adam's moments saved in the format of another device meet their own weights: the run ends as one in one go."""
+    """Adam's moments saved in another memory format still match their weights: the run ends like an uninterrupted one."""
     images, ends = diffusevae.draw_shapes(8, 8, 0)[0], []
     for moved in (False, True):
         torch.manual_seed(0)
@@ -1210,9 +1210,9 @@ def test_resuming_in_another_memory_format(stage, train, network):
 
 
 def test_fp16_does_not_train_on_mps():
-    """Its fused Adam does not know the gradient scaler in many versions of PyTorch: refused, with what to use."""
+    """In many versions of PyTorch, fused Adam on MPS ignores the gradient scaler: refused, naming alternatives."""
     network, mps = torch.nn.Linear(2, 2), torch.device("mps")
-    with pytest.raises(ValueError, match="fp16 cannot train on MPS; use --precision fp32 or bf16"):
+    with pytest.raises(ValueError, match="cannot train in fp16 on MPS; use --precision fp32 or bf16"):
         diffusevae.optimizer_for(network, "vae", tiny(precision="fp16"), mps, new_state())
     for precision in ("fp32", "bf16", "auto"):
         diffusevae.optimizer_for(network, "vae", tiny(precision=precision), mps, new_state())
@@ -2488,11 +2488,11 @@ def test_refused_before_anything_is_built(capsys, monkeypatch, words, named):
 
 
 def test_lack_of_memory_is_one_sentence(capsys, monkeypatch):
-    """What CUDA, the CPU and MPS raise for want of memory: the options to lower are named, the checkpoint is kept."""
+    """Out of memory on CUDA, the CPU or MPS: the options to lower are named and the checkpoint is kept."""
     assert command("--run-dir", "r") == 0
     before, loss = Path("r/model.pt").read_bytes(), DiffuseVAE.loss
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("can't allocate memory"),
-                  RuntimeError("Invalid buffer size: 19.45 GB"), MemoryError()):    # the third is from MPS
+                  RuntimeError("Invalid buffer size: 19.45 GB"), MemoryError()):    # MPS
         def fail(self, x, unet=None, error=error):
             raise error
         monkeypatch.setattr(DiffuseVAE, "loss", fail)
@@ -2837,7 +2837,7 @@ def test_latents_picture(monkeypatch):
     model.vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
     diffusevae.draw_latents(model, x)
     ((title, images),), columns, options = seen.pop()
-    assert len(seen) >= 8 and all(min(s) > 0 for s in seen)    # expanded tensors: some versions of MPS misread them
+    assert len(seen) >= 8 and all(min(s) > 0 for s in seen)    # none expanded: MPS misreads those in some versions
     rows, labels = images.view(7, 4, 3, 8, 8), options["rows"]
     assert columns == 4 and len(labels) == 7
     z, noise = model.invert(x, steps=20)
