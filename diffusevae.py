@@ -1228,10 +1228,9 @@ def find_images(folder):
 def load_folder(folder, size, train, channels=3):
     """The images below a folder -> uint8 [N, channels, *size], labels long [N] or None.
 
-    Labels are the first-level subfolders, if every image is in one. A hash of the path
-    orders the images, mixing the classes, and puts about one image in twenty in the test split, so
-    adding images does not reassign the others.
-    Raises ValueError if the split has no usable image.
+    Labels are the first-level subfolders, if every image is in one. A hash of the path orders the
+    images, mixing the classes, and puts about one image in twenty in the test split, so adding
+    images does not reassign the others. Raises ValueError if the split has no usable image.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"--data-dir {folder} is not a folder; give a folder of images")
