@@ -385,7 +385,7 @@ def critic(args):
             kind, eta = SAMPLERS[sampler]
             model.diffusion = kind(c.timesteps, schedule=c.schedule, predict=c.predict)
             for spacing in args.spacings:
-                options = dict(eta=eta, spacing=spacing)
+                options = dict(eta=eta, spacing=spacing, precision=args.precision)
                 scores = [judge.kid(in_batches(lambda i: model.sample(
                     len(i), noise_of(model, i), steps=steps, **options), args.n))
                     for steps in args.steps]
@@ -412,7 +412,7 @@ def main():
     command(noise, "runs", n=1000)
     command(train, "run", "new", noise=0.0, formulation="1")
     command(critic, "runs", n=1000, steps=[2, 5, 10, 50], samplers=["DDIM"],
-            spacings=["quad", "trailing"])
+            spacings=["quad", "trailing"], precision="auto")
     args = parser.parse_args()
     args.function(args)
 
