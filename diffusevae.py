@@ -5,7 +5,7 @@
 """DiffuseVAE in one file: a VAE generates a blurry image; a conditional DDPM refines it.
 
     python diffusevae.py                              # built-in shapes: trains and samples on a CPU
-    python diffusevae.py --dataset cifar10            # the real thing, on one CUDA GPU
+    python diffusevae.py --dataset cifar10            # the paper's setting, for one CUDA GPU
     python diffusevae.py --dataset cifar10 --small    # real photographs on two CPU cores
     python diffusevae.py --stage sample --num-samples 1000 --steps 10 --save-images
 
@@ -13,8 +13,8 @@ Based on "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation from 
 Latents" (Pandey et al., arXiv 2201.00308). Part one implements it; part two makes it a program.
 
     Part one, the model                               Part two, the program
-    1 VAE         image -> code -> blurry image       6 Config    options and presets
-    2 Diffusion   noising, DDPM, DDIM, the bound      7 Data      images as one uint8 tensor
+    1 VAE         image -> code -> blurry image       6 Config    options, presets, helpers
+    2 Diffusion   adding and removing noise           7 Data      images as one uint8 tensor
     3 U-Net       the network that denoises           8 Training  two loops, one checkpoint
     4 Mixture     the prior of the latent codes       9 Pictures  grids, curves, PNG files
     5 DiffuseVAE  the four parts combined            10 Main      the command line
@@ -22,7 +22,9 @@ Latents" (Pandey et al., arXiv 2201.00308). Part one implements it; part two mak
 Models take and return float images [N, C, S, S] in [-1, 1]; datasets stay uint8 in 0..255 until
 they are batched. Latent codes z are [N, z_dim].
 """
-import contextlib, dataclasses, math, zlib
+import math, zlib
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn as nn
@@ -43,7 +45,7 @@ class VAE(nn.Module):
         loss = sum over pixels of ((x - x_hat) / 2)^2 + kl_weight * KL(q(z|x) || p(z))
 
     averaged over the batch. Dividing by 2 gives the error of images in [0, 1], the paper's scale.
-    The resolution is halved while it is even and larger than 4; ValueError if more than 32 is left.
+    The resolution is halved while it is even and above 4; ValueError if that leaves more than 32.
     For 32x32 images and width 64:
 
         encode    [3, 32, 32] -> [64, 16, 16] -> [128, 8, 8] -> [256, 4, 4] -> mu, logvar
@@ -77,14 +79,14 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, flat), nn.SiLU(),
             nn.Unflatten(1, features), *up, nn.Conv2d(c, channels, 3, padding=1), nn.Tanh())
-        for layer in self.modules():    # PyTorch's smaller weights leave some latents unused
+        for layer in self.modules():    # PyTorch's default leaves some latents unused
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def encode(self, x):
         """Images [B, C, S, S] -> mu and logvar of q(z|x), each [B, z_dim]."""
         mu, logvar = self.encoder(x).to(x.dtype).chunk(2, dim=1)    # fp32 again after autocast
-        return mu, logvar.clamp(-20, 20)    # beyond, exp() swamps the loss
+        return mu, logvar.clamp(-20, 20)    # beyond that, exp(logvar) dominates the loss
 
     def decode(self, z):
         """Codes z [B, z_dim] -> blurry images x_hat [B, C, S, S] in [-1, 1]."""
@@ -118,7 +120,7 @@ def randn(shape, like, generator=None):
     """Standard normal noise of `shape`, with the dtype and device of `like`.
 
     `generator` is None, a torch.Generator, or a list of shape[0] CPU generators, one per image.
-    With a list, the noise of an image does not depend on its batch; ValueError for a wrong length.
+    With a list, an image's noise does not depend on its batch; ValueError if the length is wrong.
     """
     if isinstance(generator, (list, tuple)):
         noise = like.new_empty(shape, device="cpu")
@@ -130,36 +132,20 @@ def randn(shape, like, generator=None):
     return noise.to(like.device)
 
 def stream(seed, name, index):
-    """The seed of one training step or image: 32 bits, all that a CPU generator uses.
-
-    The golden-ratio constant gives neighboring indices distant seeds.
-    """
-    return (zlib.crc32(f"{seed} {name}".encode()) + index * 0x9E3779B1) % 2**32
+    """A 32-bit seed for one training step or image; a CPU generator uses no more bits."""
+    start = zlib.crc32(f"{seed} {name}".encode())
+    return (start + index * 0x9E3779B1) % 2**32    # golden ratio: neighbors get distant seeds
 
 def generators(seed, name, indices):
     """A list of CPU generators, one per index; see `randn`."""
     return [torch.Generator().manual_seed(stream(seed, name, i)) for i in indices]
-
-def extract(values, t, shape):
-    """values [T] at timesteps t [B], reshaped to [B, 1, ...] to broadcast over `shape`."""
-    return values.gather(0, t).reshape(-1, *[1] * (len(shape) - 1))
-
-def discretized_log_prob(x, mean, std):
-    """log P(x) [B, ...] of 256 gray levels x in [-1, 1] under N(mean, std^2), in nats.
-
-    Each level owns a bin of width 2 / 255; the outermost bins are open (2006.11239, equation 13).
-    """
-    upper = torch.special.ndtr((x + 1 / 255 - mean) / std)
-    lower = torch.special.ndtr((x - 1 / 255 - mean) / std)
-    p = torch.where(x > 0.999, 1.0, upper) - torch.where(x < -0.999, 0.0, lower)
-    return p.clamp(min=1e-12).log()
 
 def timesteps_for(T, n, spacing="quad"):
     """Choose n of the timesteps 0..T-1: long [n], increasing. With i = 0..n-1, entry i is
 
         uniform   i T // n                          "linear" in DDIM (2010.02502, appendix D.2)
         trailing  (i + 1) T // n - 1                ends at T - 1, where x_t is pure noise
-        quad      max(i, (i + 1)^2 T // n^2 - 1)    also ends at T - 1; most at low noise
+        quad      max(i, (i + 1)^2 T // n^2 - 1)    also ends at T - 1; densest at low noise
 
     DDIM's quadratic spacing stops at 0.8 T, where x_t is not yet pure noise. A single step is
     always [T - 1]. Raises ValueError if n is not in 1..T or the spacing is unknown.
@@ -197,8 +183,8 @@ class GaussianDiffusion(nn.Module):
     Schedules: linear; geometric, beta_t = beta_start^(1-u) beta_end^u with u from 0 to 1; cosine
     (arXiv 2102.09672, equation 17), which ignores both betas. By default the betas run from 1e-4
     to 0.02 (geometric: 0.05) at T = 1000 and scale with 1000 / T.
-    Raises ValueError for betas outside (0, 1), for unknown names, and if sqrt(a_{T-1}) > 0.1: so
-    much of the image would be left in x_T that sampling cannot start from pure noise.
+    Raises ValueError for betas outside (0, 1), for unknown names, and if sqrt(a_{T-1}) > 0.1: x_T
+    would then keep too much of the image for sampling to start from pure noise.
     """
 
     def __init__(self, timesteps=1000, beta_start=None, beta_end=None, schedule="linear",
@@ -240,15 +226,15 @@ class GaussianDiffusion(nn.Module):
         if isinstance(t, int):
             a_t = self.alpha_bar_at(t)
             return a_t**0.5, (1 - a_t) ** 0.5
-        signal, std = self.sqrt_alpha_bar, self.sqrt_one_minus_alpha_bar
-        return extract(signal, t, shape), extract(std, t, shape)
+        tables = self.sqrt_alpha_bar, self.sqrt_one_minus_alpha_bar
+        return [table.gather(0, t).reshape(-1, *[1] * (len(shape) - 1)) for table in tables]
 
     def alpha_bar_at(self, t):
         """a_t as a float; 1 for t = -1, the clean image."""
         return self.alpha_bar[t].item() if t >= 0 else 1.0
 
     def q_sample(self, x0, t, noise, shift=0):
-        """x_t ~ q(x_t | x_0) [B, ...] from x0, noise [B, ...]; t is [B] or one int (eq. 4)."""
+        """x_t ~ q(x_t | x_0) [B, ...] from x0, noise [B, ...]; t is [B] or one int."""
         signal, std = self.coefficients(t, x0.shape)
         return signal * x0 + std * noise + shift
 
@@ -292,12 +278,14 @@ class GaussianDiffusion(nn.Module):
         return (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
 
     def denoise(self, network, x_t, t, shift=0, clip=True):
-        """Call the network at x_t [B, ...], for one int t -> its x_0 and eps; see `predict_x0`."""
+        """Call the network at x_t [B, ...] and one int t; returns x_0 and eps as `predict_x0`."""
         out = network(x_t, torch.full((len(x_t),), t, device=x_t.device))
         return self.predict_x0(x_t, t, out, shift, clip)
 
-    def step_pairs(self, steps, eta=0.0, spacing="quad", variance="small"):
+    def step_pairs(self, steps, eta=0.0, spacing="quad", variance="small", order=1):
         """The (t, s) of each sampling step, from noise to image. ValueError for bad options."""
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {order}")
         if variance != "small" and (variance, eta, steps) != ("large", 1, self.timesteps):
             raise ValueError(f"variance must be small, or large with eta 1 and {self.timesteps} "
                              f"steps; got {variance} with eta {eta} and {steps} steps")
@@ -306,7 +294,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def trajectory(self, network, noise, steps, eta=0.0, spacing="quad", shift=0, clip=True,
-                   variance="small", generator=None):
+                   variance="small", generator=None, order=1):
         """Yield s, x_s and the predicted x_0 after each sampling step, from noise [B, ...].
 
             y_s = sqrt(a_s) x_0 + sqrt(1 - a_s - sigma^2) eps + sigma * fresh noise
@@ -315,15 +303,27 @@ class GaussianDiffusion(nn.Module):
             eta 0                       DDIM: deterministic, any number of steps
             eta 1                       DDPM (ancestral sampling) with the posterior variance
             eta 1, variance "large"     DDPM with fresh noise of variance beta_t; needs all T steps
+            eta 0, order 2              DPM-Solver++ 2M (arXiv 2211.01095): between the first step
+                                        and the last, x_0 is extrapolated from the two latest
+                                        predictions to the middle of the step in log SNR
 
-        The last step adds no noise. Raises ValueError as `step_pairs` does.
+        The last step adds no noise. With eta > 0 the order is always 1. `generator`: see `randn`.
+        Raises ValueError as `step_pairs` does.
         """
-        x = noise + shift
-        for t, s in self.step_pairs(steps, eta, spacing, variance):
+        x, x0_before, h_before = noise + shift, None, None
+        for t, s in self.step_pairs(steps, eta, spacing, variance, order):
             a_s = self.alpha_bar_at(s)
             x0, eps = self.denoise(network, x, t, shift, clip)
+            middle = x0
+            if order == 2 and eta == 0 and s >= 0:    # at s = -1, h is infinite
+                a_t = self.alpha_bar_at(t)
+                h = math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t))    # step in log SNR
+                if x0_before is not None:
+                    middle = x0 + h / (2 * h_before) * (x0 - x0_before)
+                    eps = (x - shift - a_t**0.5 * middle) / (1 - a_t) ** 0.5
+                x0_before, h_before = x0, h
             sigma = eta * self.posterior_variance(t, s) ** 0.5
-            x = a_s**0.5 * x0 + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps    # max: rounding
+            x = a_s**0.5 * middle + max(0.0, 1 - a_s - sigma**2) ** 0.5 * eps    # max: rounding
             if s >= 0:    # the clean image has no shift and no noise
                 x = x + shift
                 if variance == "large":    # in the fresh noise only, not in the mean
@@ -332,19 +332,19 @@ class GaussianDiffusion(nn.Module):
                     x = x + sigma * randn(x.shape, x, generator)
             yield s, x, x0
 
-    def sample(self, network, noise, steps, eta=0.0, **options):
+    def sample(self, network, noise, steps, **options):
         """Noise [B, ...] -> clean x_0 [B, ...], the end of `trajectory`, with the same options."""
-        for _, x, _ in self.trajectory(network, noise, steps, eta, **options):
+        for _, x, _ in self.trajectory(network, noise, steps, **options):
             pass
         return x
 
     @torch.no_grad()
     def invert(self, network, x0, steps, spacing="quad", shift=0, clip=True, iterations=5):
-        """Find noise [B, ...] that DDIM, with the same options, maps back to x0 [B, ...].
+        """Find noise [B, ...] that DDIM (order 1), with the same options, maps back to x0 [B, ...].
 
         Reversing a DDIM step is implicit: y_s = sqrt(a_s) x_0 + sqrt(1 - a_s) eps is known, but
         the network predicts x_0 and eps from the unknown y_t. Start with y_t = y_s. In each
-        iteration, keep the prediction that y_t depends on less, solve for the other, and update
+        iteration, keep the prediction with less weight in y_t, solve for the other, and update
         y_t. This calls the network steps * iterations times; use more iterations with fewer
         steps. Raises ValueError as `step_pairs` does.
         """
@@ -361,36 +361,6 @@ class GaussianDiffusion(nn.Module):
                     eps = (y_s - signal_s * pred_x0) / std_s
                 y = signal_t * pred_x0 + std_t * eps
         return y
-
-    @torch.no_grad()
-    def bits_per_dim(self, network, x0, shift=0, generator=None):
-        """The variational bound on -log2 p(x_0) per dimension (2006.11239, eqs. 5 and 13).
-
-            L_T = KL(q(x_T|x_0) || p(x_T))
-            L_t = sum over t >= 1 of KL(q(x_s|x_t, x_0) || p(x_s|x_t)),  s = t - 1
-            L_0 = -log p(x_0|x_t) of 256 gray levels, at t = 0
-
-        p(x_s|x_t) is q with the predicted x_0, clipped, in place of x_0; at t = 0 it has the
-        variance of t = 1. One x_t is sampled for each t, so this calls the network T times. Takes
-        images x0 [B, ...]; returns a dictionary of L_T, L_t, L_0 and `total`, each [B], in bits
-        per dimension.
-        """
-        def bits(nats):    # [B, ...] -> [B]
-            return nats.flatten(1).mean(1) / math.log(2)
-
-        a_last = self.alpha_bar_at(self.timesteps - 1)
-        L_T = bits(0.5 * (a_last * x0.square() - a_last - math.log1p(-a_last)))
-        L_t = torch.zeros_like(L_T)
-        for t in reversed(range(self.timesteps)):
-            x_t = self.q_sample(x0, t, randn(x0.shape, x0, generator), shift)
-            pred_x0, _ = self.denoise(network, x_t, t, shift)
-            if t > 0:    # half the drop in signal-to-noise ratio (arXiv 2107.00630)
-                a_t, a_s = self.alpha_bar_at(t), self.alpha_bar_at(t - 1)
-                weight = 0.5 * (a_s / (1 - a_s) - a_t / (1 - a_t))
-                L_t = L_t + bits(weight * (x0 - pred_x0).square())
-        std = self.posterior_variance(1, 0) ** 0.5
-        L_0 = bits(-discretized_log_prob(x0, pred_x0, std))    # pred_x0 is from t = 0
-        return {"L_T": L_T, "L_t": L_t, "L_0": L_0, "total": L_T + L_t + L_0}
 
 # --------------------------------------------------------------------------------------------------
 # 3 U-Net: the network that denoises
@@ -419,8 +389,6 @@ class UNet(nn.Module):
                  res_blocks=2, attention=(), heads=8, dropout=0.0, z_dim=0):
         super().__init__()
         sizes = [image_size // 2**i for i in range(len(mults))]    # 32, 16, 8, 4
-        if not mults:
-            raise ValueError("unet_mults is empty; give one multiplier per resolution")
         factor = 2 ** (len(mults) - 1)
         if image_size % factor:
             raise ValueError(f"image_size {image_size} must be divisible by {factor}, since "
@@ -451,7 +419,7 @@ class UNet(nn.Module):
         for i, (c_out, level_heads) in enumerate(reversed(levels)):
             upsample, blocks = nn.Identity(), nn.ModuleList()
             if i > 0:
-                upsample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
+                upsample = nn.Sequential(Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1))
             for _ in range(res_blocks + 1):
                 blocks.append(ResBlock(c + skips.pop(), c_out, emb, dropout, level_heads))
                 c = c_out
@@ -462,7 +430,7 @@ class UNet(nn.Module):
     def forward(self, x_t, t, x_hat=None, z=None):
         """x_t [B, C, S, S], t [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> like x_t."""
         if (x_hat is None) != (self.cond_channels == 0) or (z is None) != (self.embed_z is None):
-            raise ValueError("x_hat is required if cond_channels > 0, else None; z if z_dim > 0")
+            raise ValueError("pass x_hat exactly if cond_channels > 0, and z exactly if z_dim > 0")
         emb = self.embed_t(timestep_embedding(t, self.width).to(x_t.dtype))
         if z is not None:
             emb = emb + self.embed_z(z)
@@ -492,8 +460,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, emb, dropout, heads=0):
         super().__init__()
-        self.first = nn.Sequential(
-            GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.first = nn.Sequential(GroupNorm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.norm, self.scale_shift = GroupNorm(c_out), nn.Linear(emb, 2 * c_out)
         self.second = nn.Sequential(
             nn.SiLU(), nn.Dropout(dropout), zero_module(nn.Conv2d(c_out, c_out, 3, padding=1)))
@@ -511,7 +478,7 @@ class Attention(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide the {channels} channels that attend, got {heads}")
+            raise ValueError(f"heads must divide the {channels} channels of attention, got {heads}")
         self.heads, self.norm = heads, GroupNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
@@ -533,20 +500,30 @@ def timestep_embedding(t, dim):
     return F.pad(waves, (0, dim % 2))
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm, 4 channels or more per group: 32 groups for 128 channels, 4 for 48, 1 for 6.
+    """GroupNorm that keeps the dtype and the memory format of its input."""
 
-    It keeps the dtype of its input. Autocast on CUDA would use fp32.
-    """
-
-    def __init__(self, channels):
+    def __init__(self, channels):    # 32 groups for 128 channels, 4 for 48, 1 for 6
         super().__init__(max(1, math.gcd(channels, 128) // 4), channels)
 
     def forward(self, x):
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        y = keep_dtype(lambda x: F.group_norm(x, self.num_groups, weight, bias, self.eps), x)
+        if x.is_contiguous(memory_format=torch.channels_last):    # CUDA kernels return NCHW
+            y = y.contiguous(memory_format=torch.channels_last)
+        return y
+
+class Upsample(nn.Upsample):
+    """Nearest-neighbor upsampling that keeps the dtype of its input."""
+
+    def forward(self, x):
+        return keep_dtype(super().forward, x)
+
+def keep_dtype(layer, x):
+    """layer(x), computed in the dtype of x, where autocast on CUDA would use fp32."""
+    if x.dtype == torch.float32:
+        return layer(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x)
 
 def zero_module(module):
     """Zero all parameters, so that a branch ending in `module` outputs zero at first."""
@@ -558,7 +535,7 @@ def zero_module(module):
 # 4 Mixture: a density fitted to the latent codes, the prior to sample from
 # --------------------------------------------------------------------------------------------------
 def k_means(z, k, generator=None):
-    """Points z [N, D] -> one-hot clusters [N, k], by greedy k-means++, then 20 updates."""
+    """Points z [N, D] -> one-hot assignments [N, k]: greedy k-means++, then 20 updates."""
     centers = z[:0]    # [number found so far, D]
     gap = torch.full_like(z[:, 0], 1e30)    # squared distance to the nearest center, [N]
     for _ in range(k):    # sample ten points in proportion to gap; keep the best
@@ -601,7 +578,7 @@ class GaussianMixture(nn.Module):
 
         Stops when an iteration raises the mean log-likelihood by less than `tolerance` nats per
         dimension of z. `history` lists the mean log-likelihood, in nats per point, after each
-        iteration. Computes in the dtype and on the device of the buffers. Raises ValueError for
+        iteration. Covariances are computed in fp64. Raises ValueError for
         fewer points than components, a wrong D, and values that are not finite.
         """
         z = z.to(self.means)
@@ -621,7 +598,7 @@ class GaussianMixture(nn.Module):
             self.means = responsibilities.T @ z / mass[:, None]
             covariances = []
             for r, mean, total in zip(responsibilities.T, self.means, mass):
-                near = r > 1e-12    # leave out points of negligible responsibility
+                near = r > 1e-12    # skip points with negligible responsibility
                 y = ((z[near] - mean) * r[near, None].sqrt()).double()    # fp32 may fail
                 covariances.append(y.T @ y / total + floor)
             self.scale_tril = torch.linalg.cholesky(torch.stack(covariances)).to(z)
@@ -667,7 +644,7 @@ class GaussianMixture(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # 5 DiffuseVAE: a prior p(z), a VAE that decodes z to x_hat, and a DDPM that refines x_hat
 # --------------------------------------------------------------------------------------------------
-SAMPLING = ("steps", "eta", "spacing", "variance", "prior", "precision")
+SAMPLING = ("steps", "eta", "order", "spacing", "variance", "prior", "precision")
 
 def half_precision(precision, device):
     """The dtype of autocast, or None for fp32; "auto": bf16 (old GPUs: fp16) on CUDA only."""
@@ -678,26 +655,26 @@ def half_precision(precision, device):
 def autocast(precision, device):
     """A context for running networks in half precision, if asked for."""
     dtype = half_precision(precision, device)
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 class DiffuseVAE(nn.Module):
     """VAE, diffusion, U-Net and mixture prior together (DiffuseVAE, section 3).
 
-        train      vae.loss(x), then loss(x), with gradients
+        train      vae.loss(x), mixture.fit(codes), then loss(x)
         generate   sample(n), decode(z), refine(x_hat)
-        analyze    encode(x), invert(x), bits_per_dim(x)
+        analyze    encode(x), invert(x)
 
-    Why two stages suffice: log p(x) >= E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z)), the ELBO. Stage 1
-    trains the VAE with its decoder's Gaussian as p(x|z). Stage 2 replaces p(x|z) with a DDPM
-    conditioned on x_hat = decode(z). The DDPM bounds log p(x|z) from below, so the inequality still
-    holds. With the VAE frozen, the KL is constant, and training the DDPM raises the bound.
+    Why training in two stages is sound: log p(x) >= E_q(z|x)[log p(x|z)] - KL(q(z|x) || p(z)), the
+    ELBO. In stage 1, p(x|z) is the decoder's Gaussian. Stage 2 replaces it with a DDPM conditioned
+    on x_hat = decode(z); the DDPM's own lower bound on log p(x|z) takes the place of that term, so
+    the inequality still holds. Training uses a reweighted form of that bound (DDPM, section 3.4).
 
     `config` is a Config, or another dataclass with its fields. Images and noise are [N, C, S, S],
     images in [-1, 1], codes z [N, z_dim]. Pass standard normal noise; in formulation 2 the model
     adds x_hat. Formulation "none" is a plain DDPM without a VAE. A new model is in eval mode (no
-    dropout). Sampling methods take the options `steps`, `eta`, `spacing`, `variance`, `prior` and
-    `precision` as keywords, for one call, and raise Config's ValueErrors. They compute no
-    gradients.
+    dropout). Sampling methods take the options `steps`, `eta`, `order`, `spacing`, `variance`,
+    `prior` and `precision` as keywords, for one call (`invert`: `steps`, `spacing`, `precision`),
+    and raise Config's ValueErrors. They compute no gradients.
     """
 
     def __init__(self, config):
@@ -730,8 +707,8 @@ class DiffuseVAE(nn.Module):
         """Stage 2 loss for images x [B, C, S, S], a scalar. `unet` replaces self.unet if given.
 
         The VAE gets no gradients. With cond_noise > 0, x_hat gets Gaussian noise of a random
-        standard deviation up to cond_noise (arXiv 2106.15282): sampling then tolerates a flawed
-        x_hat.
+        standard deviation up to cond_noise (arXiv 2106.15282): this makes sampling robust to a
+        flawed x_hat.
         """
         x_hat, z = self.reconstruct(x)
         if self.vae and self.config.cond_noise > 0:
@@ -748,15 +725,9 @@ class DiffuseVAE(nn.Module):
         return self.vae.decode(z), z
 
     def denoiser(self, x_hat=None, z=None, unet=None):
-        """The U-Net, or `unet`, with x_hat and z bound: (x_t, t) -> prediction.
-
-        Raises ValueError if z_cond is set and z is missing.
-        """
+        """The U-Net, or `unet`, with x_hat and z bound: (x_t, t) -> prediction."""
         unet = unet or self.unet
-        if not (self.config.z_cond and self.vae):
-            z = None
-        elif z is None:
-            raise ValueError("with z_cond the U-Net also needs z; pass z, or z=encode(x_hat)")
+        z = z if self.config.z_cond and self.vae else None
         return lambda x_t, t: unet(x_t, t, x_hat, z)
 
     def shift(self, x_hat):
@@ -767,7 +738,7 @@ class DiffuseVAE(nn.Module):
         """self.config, with `given` overriding its values. TypeError for unknown names."""
         for name in set(given) - set(known):
             raise TypeError(f"unknown sampling option {name!r}; choose from {', '.join(known)}")
-        return dataclasses.replace(self.config, **given)
+        return replace(self.config, **given)
 
     def noise(self, n, generator=None):
         """Noise ~ N(0, I) for n images, [n, C, S, S]."""
@@ -813,8 +784,9 @@ class DiffuseVAE(nn.Module):
             noise = self.noise(len(x_hat), generator)
         with autocast(c.precision, noise.device):
             return self.diffusion.sample(
-                self.denoiser(x_hat, z), noise, c.steps, c.eta, spacing=c.spacing,
-                shift=self.shift(x_hat), variance=c.variance, generator=generator)
+                self.denoiser(x_hat, z), noise, c.steps, eta=c.eta, order=c.order,
+                spacing=c.spacing, shift=self.shift(x_hat), variance=c.variance,
+                generator=generator)
 
     def sample(self, n, generator=None, **options):
         """Sample n images [n, C, S, S] from the prior, as one batch."""
@@ -832,9 +804,9 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def invert(self, x, **options):
-        """Images -> codes z and noise that `decode` with eta=0.0 maps back to them.
+        """Images x [N, C, S, S] -> codes z [N, z_dim] and noise like x that `decode` maps back.
 
-        Pass `decode` the same steps, spacing and precision. See GaussianDiffusion.invert.
+        Pass `decode` eta=0.0, order=1, and the same steps, spacing and precision.
         """
         c, z = self.options(options, ("steps", "spacing", "precision")), self.encode(x)
         x_hat = self.vae.decode(z)
@@ -842,57 +814,56 @@ class DiffuseVAE(nn.Module):
             return z, self.diffusion.invert(
                 self.denoiser(x_hat, z), x, c.steps, c.spacing, self.shift(x_hat))
 
-    @torch.no_grad()
-    def bits_per_dim(self, x, generator=None):
-        """Images [N, C, S, S] -> the terms of GaussianDiffusion.bits_per_dim, plus the VAE's "KL".
-
-        Uses one z ~ q(z|x) per image. Each value is [N], in bits per dimension.
-        """
-        x_hat, z = self.reconstruct(x, generator)
-        network = self.denoiser(x_hat, z)
-        terms = self.diffusion.bits_per_dim(network, x, self.shift(x_hat), generator)
-        kl = torch.zeros_like(terms["total"])
-        if self.vae:
-            kl = self.vae.kl(*self.vae.encode(x)) / (math.log(2) * x[0].numel())
-        return {"KL": kl, **terms, "total": kl + terms["total"]}
-
     def require_vae(self):
         """Raise ValueError for formulation none."""
         if not self.vae:
-            raise ValueError("formulation none has no VAE and no codes; use sample(n)")
+            raise ValueError("formulation none has no VAE and no codes; use formulation 1 or 2")
 
 # ==================================================================================================
 # Part two, the program: options, data, training, pictures, the command line
 # ==================================================================================================
-import argparse, copy, csv, functools, json, os, sys, time, zipfile
+import argparse, copy, csv, json, os, shutil, sys, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 # --------------------------------------------------------------------------------------------------
-# 6 Config: every option with its default, its help text and the values it accepts
+# 6 Config: options, presets and small helpers
 # --------------------------------------------------------------------------------------------------
 def option(default, help, choices=None, range=(1, 1_000_000_000)):
-    """A field of Config: its choices, or the smallest and the largest number allowed."""
+    """A field of Config: default, help text, and its choices or its range (lowest, highest)."""
     metadata = dict(help=help, choices=choices, range=range)
-    return dataclasses.field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
-@dataclasses.dataclass
+@dataclass
 class RunOptions:
-    """What to do and where. Per command, not saved."""
-    stage: str = option("all", "vae: train the VAE; ddpm: train both; all: also sample",
+    """What to do, where, and how to sample; set per command, not saved."""
+    stage: str = option("all", "vae: VAE only; ddpm: VAE and U-Net; all: both, then sample; sample",
                         choices=("all", "vae", "ddpm", "sample"))
     run_dir: str = option("", "folder of the checkpoint, the log and the pictures")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
     precision: str = option("auto", "auto: bf16 (old GPUs: fp16) on CUDA, else fp32",
                             choices=("auto", "fp32", "bf16", "fp16"))
-    compile: str = option("auto", "torch.compile in training; auto: on CUDA, unet_width >= 64",
-                          choices=("auto", "on", "off"))
+    compile: bool = option(True, "use torch.compile in training, on CUDA only")
+    num_samples: int = option(64, "images to sample; at most 64 without --save-images")
+    sample_batch: int = option(250, "batch size for sampling; does not affect the images")
+    steps: int = option(50, "number of sampling steps, at most --timesteps")
+    eta: float = option(0.0, "0: DDIM; 1: ancestral sampling (DDPM)", range=(0, 1))
+    order: int = option(2, "1: DDIM; 2: second order (DPM-Solver++ 2M); 1 if eta > 0",
+                        choices=(1, 2))
+    spacing: str = option("quad", "timesteps to visit; quad: densest at low noise",
+                          choices=("uniform", "trailing", "quad"))
+    variance: str = option("small", "large: beta_t; needs eta 1 and steps = timesteps",
+                           choices=("small", "large"))
+    prior: str = option("gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
+                        choices=("gmm", "normal"))
+    save_images: bool = option(False, "also write PNGs to samples/ and vae_samples/")
 
-@dataclasses.dataclass
+@dataclass
 class ModelOptions:
-    """Fixed for the lifetime of a run."""
+    """Saved with a run, and fixed from its first command on."""
     dataset: str = option("shapes", "shapes are generated; folder: your own images",
                           choices=("shapes", "mnist", "fashion_mnist", "cifar10", "folder"))
     small: bool = option(False, "cifar10, folder: use networks sized for a CPU")
@@ -903,13 +874,14 @@ class ModelOptions:
     z_dim: int = option(512, "size of the latent code")
     vae_width: int = option(64, "base channels of the VAE")
     kl_weight: float = option(1.0, "weight of the KL term in the VAE loss", range=(0, 1e6))
+    gmm_components: int = option(50, "Gaussians in the mixture prior")
     z_cond: bool = option(False, "condition the U-Net on z as well as on x_hat")
-    cond_noise: float = option(0.0, "train the U-Net with noise on x_hat, of levels up to this",
+    cond_noise: float = option(0.0, "largest std of the noise added to x_hat in training",
                                range=(0, 1))
     unet_width: int = option(128, "base channels of the U-Net", range=(2, 4096))
     unet_mults: tuple = option((1, 2, 2, 2), "width multiplier per resolution, e.g. 1,2,2")
     res_blocks: int = option(2, "residual blocks per resolution")
-    attention: tuple = option((16,), "resolutions that attend, besides the middle")
+    attention: tuple = option((16,), "resolutions with self-attention (the middle has it too)")
     heads: int = option(8, "attention heads; 0: no attention", range=(0, 1_000_000_000))
     dropout: float = option(0.1, "dropout in the U-Net", range=(0, 0.9))
     timesteps: int = option(1000, "number of diffusion timesteps, T", range=(2, 100_000))
@@ -918,10 +890,10 @@ class ModelOptions:
     predict: str = option("eps", "what the U-Net predicts (v: arXiv 2202.00512)",
                           choices=("eps", "v"))
 
-@dataclasses.dataclass
+@dataclass
 class TrainingOptions:
     """Saved with a run. A later command may change them."""
-    data_dir: str = option("data", "folder for downloads, or with your images")
+    data_dir: str = option("data", "where to download to, or the folder of your images")
     vae_steps: int = option(100_000, "training steps of the VAE", range=(0, 1_000_000_000))
     ddpm_steps: int = option(400_000, "training steps of the U-Net")
     vae_batch: int = option(128, "batch size of the VAE")
@@ -934,60 +906,43 @@ class TrainingOptions:
                               range=(0, 1_000_000_000))
     ema: float = option(0.9999, "decay of the moving average of the U-Net's weights",
                         range=(0, 0.999999))
-    gmm_components: int = option(50, "Gaussians in the mixture prior")
     hflip: bool = option(True, "flip half of the training images horizontally")
-    save_every: int = option(1000, "training steps between checkpoints (at log rows)")
+    save_every: int = option(10_000, "training steps between checkpoints, rounded up to a log row")
     log_every: int = option(100, "training steps between log rows")
-    sample_every: int = option(-1, "training steps between progress pictures, at log "
-                               "rows; 0: none; -1: up to 14 per stage", range=(-1, 1_000_000_000))
     seed: int = option(0, "random seed of weights, data order, noise and samples",
                        range=(0, 2**32 - 1))
 
-@dataclasses.dataclass
-class SamplingOptions:
-    """Per command, not saved."""
-    num_samples: int = option(64, "images to sample; at most 64 without --save-images")
-    sample_batch: int = option(250, "batch size of sampling; does not change images")
-    steps: int = option(50, "number of sampling steps, at most --timesteps")
-    eta: float = option(0.0, "0: DDIM; 1: ancestral sampling (DDPM)", range=(0, 1))
-    spacing: str = option("quad", "timesteps to keep; quad: most at low noise",
-                          choices=("uniform", "trailing", "quad"))
-    variance: str = option("small", "large: beta_t; needs eta 1 and steps = timesteps",
-                           choices=("small", "large"))
-    prior: str = option("gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
-                        choices=("gmm", "normal"))
-    save_images: bool = option(False, "also write PNGs to samples/ and vae_samples/")
-
-@dataclasses.dataclass
-class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # last base first
+@dataclass
+class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
     """All options of a run. `Config.preset("cifar10", lr=1e-4)` starts from a dataset's defaults.
 
-    Raises ValueError for a value outside its choices or range. Conflicts between options surface
-    when the model is built.
+    Raises ValueError for a value outside its choices or range. Other conflicts surface when the
+    model is built, trained or sampled.
     """
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            choices = f.metadata["choices"]
-            value = np.asarray(getattr(self, f.name)).tolist()    # NumPy types do not load,
-            if f.type in (str, float, tuple):    # nor do Paths; a list becomes a tuple
-                value = f.type(value)
-            if choices and value not in choices:
-                words = ", ".join(map(str, choices))
-                raise ValueError(f"{flag(f.name)} must be one of {words}, got {value!r}")
+        for f in fields(self):
+            given, kind, choices = getattr(self, f.name), f.type, f.metadata["choices"]
+            numbers = given if kind is tuple else [given] if kind in (int, float) else []
             low, high = f.metadata["range"]
-            numbers = value if f.type is tuple else [value] if f.type in (int, float) else []
-            if not all(low <= number <= high for number in numbers):
-                raise ValueError(f"{flag(f.name)} must be between {low} and {high}, got {value}")
-            if f.type is int and value % 1:
-                raise ValueError(f"{flag(f.name)} must be a whole number, got {value}")
-            setattr(self, f.name, int(value) if f.type is int else value)
+            rule = ""
+            if choices and given not in choices:
+                rule = f"one of {', '.join(map(str, choices))}"
+            elif not all(low <= number <= high for number in numbers):
+                rule = f"between {low} and {high}"
+            elif kind is not float and any(number % 1 for number in numbers):
+                rule = "a whole number"
+            if rule:
+                raise ValueError(f"{flag(f.name)} must be {rule}, got {given!r}")
+            value = tuple(map(int, given)) if kind is tuple else kind(given)
+            setattr(self, f.name, value)    # a checkpoint cannot hold NumPy's types
         name, folder = self.dataset, None
         if name == "folder":
-            folder = Path(os.path.expanduser(self.data_dir)).resolve()
-            name, self.data_dir = f"folder-{folder.name}", str(folder)
+            folder = Path(self.data_dir).expanduser().resolve()
+            self.data_dir = str(folder)
+            name = f"folder-{folder.name}-{zlib.crc32(os.fsencode(folder)):08x}"
         run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
-        self.run_dir = os.path.expanduser(run_dir)
+        self.run_dir = str(Path(run_dir).expanduser())
         if Path(self.run_dir).resolve() == folder:
             raise ValueError("--run-dir must differ from --data-dir, or samples would become "
                              "training images")
@@ -997,39 +952,35 @@ class Config(SamplingOptions, TrainingOptions, ModelOptions, RunOptions):    # l
         """The defaults of a dataset, adapted to large images, overridden by `options`."""
         size = options.get("image_size", 32)
         preset = dict(PRESETS.get(dataset, {}))
-        if size >= 64:    # the authors' multipliers, batch sizes and learning rates for such images
-            preset |= dict(unet_mults=(1, 2, 2, 2, 4), batch_size=32, vae_batch=64, sample_batch=50)
-        if size >= 128:
-            preset |= dict(unet_mults=(1, 2, 2, 3, 4), batch_size=8, lr=2e-5)
-        if size >= 256:
-            preset |= dict(unet_mults=(1, 1, 2, 2, 4, 4))
+        for least, changes in LARGE.items():
+            if size >= least:
+                preset |= changes
         if options.get("small") and dataset in ("cifar10", "folder"):
             preset |= SMALL
             if size >= 64:
                 preset |= dict(unet_width=32, batch_size=16)
-        preset["steps"] = min(preset.get("steps", 50), options.get("timesteps", 1000))
         return cls(dataset=dataset, **{**preset, **options})
 
     def group(self, *groups):
         """The options of these classes, as a dictionary."""
-        fields = (f for group in groups for f in dataclasses.fields(group))
-        return {f.name: getattr(self, f.name) for f in fields}
+        return {f.name: getattr(self, f.name) for group in groups for f in fields(group)}
 
-# For a CPU: v-prediction, the cosine schedule and high learning rates give clean samples after few
-# training steps. On two cores, `shapes` trains in minutes, `mnist` in about ten, and `--small` in
-# one to two hours.
+# For a CPU: v-prediction, the cosine schedule and high learning rates give clean samples after some
+# thousand training steps. On two cores, `shapes` trains in minutes, `mnist` in about ten minutes,
+# and `--small` in hours.
 QUICK = dict(kl_weight=0.5, vae_batch=64, vae_lr=2e-3, res_blocks=1, attention=(), heads=1,
-             dropout=0.0, predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=500,
-             steps=10)
+             dropout=0.0, predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=250,
+             compile=False, steps=10, order=1)
 SMALL = dict(QUICK, z_dim=128, vae_width=32, vae_steps=10_000, unet_width=48, unet_mults=(1, 2, 2),
-             heads=4, ddpm_steps=8000, batch_size=32, lr=1e-3, warmup=200, ema=0.999)
+             heads=4, ddpm_steps=16_000, batch_size=32, lr=1e-3, warmup=200, ema=0.999,
+             save_every=500, order=2)
 MNIST = dict(QUICK, image_size=28, channels=1, z_dim=32, vae_width=16, vae_steps=3000,
-             unet_width=24, unet_mults=(1, 2, 2), ddpm_steps=4000, batch_size=16, lr=2e-3,
-             hflip=False)
+             cond_noise=0.2, unet_width=24, unet_mults=(1, 2, 2), ddpm_steps=4000, batch_size=16,
+             lr=2e-3, hflip=False)
 PRESETS = {
-    "shapes": dict(QUICK, image_size=16, z_dim=16, vae_width=16, vae_steps=6000, unet_width=32,
-                   unet_mults=(1, 2), ddpm_steps=3000, batch_size=16, lr=2e-3, hflip=False,
-                   log_every=50),
+    "shapes": dict(QUICK, image_size=16, z_dim=16, vae_width=16, vae_steps=6000, cond_noise=0.2,
+                   unet_width=32, unet_mults=(1, 2), ddpm_steps=3000, batch_size=16, lr=2e-3,
+                   hflip=False, log_every=50),
     "mnist": MNIST,
     "fashion_mnist": MNIST,
     # For one CUDA GPU: the authors' U-Net, attention at 16x16 as in DDPM, dropout 0.1 (they use 0.3
@@ -1037,30 +988,35 @@ PRESETS = {
     "cifar10": dict(vae_steps=50_000, ddpm_steps=200_000, save_every=5000),
 }
 
+# The authors' multipliers, batch sizes and learning rates, from each of these image sizes up.
+LARGE = {64: dict(unet_mults=(1, 2, 2, 2, 4), batch_size=32, vae_batch=64, sample_batch=50),
+         128: dict(unet_mults=(1, 2, 2, 3, 4), batch_size=8, lr=2e-5),
+         256: dict(unet_mults=(1, 1, 2, 2, 4, 4))}
+
 def flag(name):
     """z_dim -> --z-dim."""
     return "--" + name.replace("_", "-")
 
-def report(text, transient=False):
-    """Print a line. On a terminal or in a notebook, the next line overwrites a transient one."""
-    terminal = sys.stdout and sys.stdout.isatty() or "ipykernel" in sys.modules
+def say(text, transient=False):
+    """Print a line. On a terminal or in a notebook, the next line overwrites a transient one.
+
+    If standard output is lost (a closed pipe, a full disk), the program continues in silence.
+    """
     try:
-        if terminal:
-            print("\r" + text.ljust(79), end="" if transient else "\n", flush=True)
-        else:
+        if sys.stdout and sys.stdout.isatty() or "ipykernel" in sys.modules:
+            width = shutil.get_terminal_size().columns - 1
+            line = text[:width] if transient else text
+            print("\r" + line.ljust(width), end="" if transient else "\n", flush=True)
+        elif text:
             print(text, flush=True)
-    except OSError as e:    # a closed pipe, a full disk
-        print(f"cannot print ({e.strerror}); continuing silently", file=sys.stderr)
-        sys.stdout = None
+    except OSError:
+        sys.stdout = None    # Python ignores what is printed to None
 
 def find_device(name="auto"):
-    """"auto", "cuda", "cuda:1", "mps", "cpu" or a torch.device -> torch.device.
-
-    Raises ValueError if it is not available.
-    """
-    mps = torch.backends.mps.is_available()
+    """"auto", "cuda", "cuda:1", "mps" or "cpu" -> torch.device. ValueError if not available."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ImportError):
@@ -1070,54 +1026,27 @@ def layout(device):
     """The memory format of images and networks; channels_last fails on MPS in some versions."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
-@contextlib.contextmanager
-def lock(path):
-    """Hold a lock file so that no other process writes here. ValueError if locked or unwritable.
-
-    The system releases the lock when the process exits. Windows has no flock: nothing is locked.
-    """
-    created = [p for p in (path.parent, *path.parent.parents) if not p.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as e:
-        raise ValueError(f"cannot write to --run-dir {path.parent} ({e.strerror})") from None
-    with file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing to {path.parent}; wait for it to end or "
-                             "change --run-dir") from None
-        except (ImportError, OSError):
-            pass
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
-                for folder in created:
-                    folder.rmdir()    # fails, keeping the folder, if not empty
-
 def write_atomically(path, write):
-    """Write a file: `write` gets a temporary path, which is then renamed."""
+    """Write a file: `write` gets a temporary path, which is then renamed. Links are followed."""
+    path = path.resolve()
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
-def try_to_write(path, write, done=""):
-    """`write_atomically`, then print `done`, if any. On failure, print a warning and continue."""
+def try_to_write(path, write):
+    """`write_atomically`, but any failure, also in drawing, is only a warning."""
     try:
         write_atomically(path, write)
-        if done:
-            report(f"wrote {path}: {done}")
-    except OSError as e:
-        report(f"could not write {path} ({e.strerror or e}); continuing without it")
+    except Exception as e:    # a full disk, but also a font or a package that is missing
+        say(f"could not make {path} ({summary(e)}); continuing without it")
+
+def summary(e):
+    """The first line of an exception's message, or its type."""
+    return str(e).split("\n")[0] or type(e).__name__
 
 def out_of_memory(e):
     """Whether an exception says that memory ran out."""
@@ -1141,19 +1070,16 @@ def to_uint8(x):
 def draw_shapes(n, size, seed):
     """n images of a circle, square or triangle -> uint8 [n, 3, size, size], labels [n] in 0..2.
 
-    A small code can hold position, size and the two colors. It drops most of the fine detail (the
-    sharp outline, the phase of the stripes), which the VAE averages over and the DDPM fills in.
+    Seven factors make an image: the shape, x, y, radius, two colors and the phase of the stripes.
+    If a VAE's code omits the phase, x_hat is blurry: the mean over all phases.
     """
     g = torch.Generator().manual_seed(seed)
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, 1, 1, generator=g)
-
     label = torch.randint(3, (n,), generator=g)
-    x, y = uniform(-0.18, 0.18), uniform(-0.18, 0.18)
-    radius, hue, background, phase = uniform(0.55, 0.8), uniform(0, 1), uniform(0, 1), uniform(0, 1)
-    factors = zip(*(f.split(500) for f in (label, x, y, radius, hue, background, phase)))
-    return torch.cat([paint_shapes(size, *chunk) for chunk in factors]), label
+    ranges = ((-0.18, 0.18), (-0.18, 0.18),    # x, y
+              (0.55, 0.8), (0, 1), (0, 1), (0, 1))    # radius, hue, background, phase
+    factors = [low + (high - low) * torch.rand(n, 1, 1, generator=g) for low, high in ranges]
+    chunks = zip(*(f.split(500) for f in (label, *factors)))
+    return torch.cat([paint_shapes(size, *chunk) for chunk in chunks]), label
 
 def paint_shapes(size, label, x, y, radius, hue, background, phase):
     """The images of `draw_shapes` from labels [n] and factors, each [n, 1, 1]."""
@@ -1180,22 +1106,22 @@ def paint_shapes(size, label, x, y, radius, hue, background, phase):
     return (image * 255).round().to(torch.uint8)
 
 def decode_image(path, size, channels=3):
-    """Image file -> uint8 array [channels, *size], upright and center-cropped; None if unusable."""
+    """Image file -> uint8 array [channels, *size], upright, center-cropped; None if unusable."""
     from PIL import Image, ImageOps    # comes with torchvision
     Image.MAX_IMAGE_PIXELS = None    # no limit: photographs can be large
     try:
         im = Image.open(path)
         im.load()
-        with contextlib.suppress(Exception):    # ignore an unreadable EXIF orientation
-            im = ImageOps.exif_transpose(im)
-        if im.mode in ("I", "F"):    # no standard value range
+        if im.mode in ("I", "F") and im.format != "PNG":    # no standard value range
             return None
-        if im.mode.startswith("I;16"):    # convert() would clip 16 bits to white
+        with suppress(Exception):    # ignore an unreadable EXIF orientation
+            im = ImageOps.exif_transpose(im)
+        if im.mode[0] == "I":    # 16 bits, which convert() would clip to white
             im = Image.fromarray((np.asarray(im) / 257).round().astype(np.uint8))
         if "transparency" in im.info or im.mode in ("RGBA", "LA", "PA"):
             white = Image.new("RGBA", im.size, "white")
             im = Image.alpha_composite(white, im.convert("RGBA"))
-        im = ImageOps.fit(im.convert("RGB" if channels == 3 else "L"), size, Image.BICUBIC)
+        im = ImageOps.fit(im.convert("RGB" if channels == 3 else "L"), size)
         return np.atleast_3d(np.asarray(im)).transpose(2, 0, 1)
     except Exception:    # damaged files fail in many ways
         return None
@@ -1203,109 +1129,111 @@ def decode_image(path, size, channels=3):
 def find_images(folder):
     """The image files below a folder, as sorted relative paths. Linked folders are followed.
 
-    Hidden folders, thumbnails (@eaDir) and run folders (with a model.pt) are left out.
+    Hidden files and folders, thumbnails (@eaDir) and run folders (with a model.pt) are left out.
     """
     from PIL import Image
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found, others, seen = [], 0, set()
+    found, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:    # a cycle of links
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if name[0] not in ".@"
-                            and not os.path.exists(Path(root, name, "model.pt")))
-        for path in (Path(root, name) for name in names if name[0] != "."):
-            if path.suffix.lower() in suffixes and os.path.isfile(path):
+        folders[:] = [name for name in sorted(folders) if name[0] not in ".@"
+                      and not os.path.exists(Path(root, name, "model.pt"))]
+        for name in names:
+            path = Path(root, name)
+            if name[0] != "." and path.suffix.lower() in suffixes:
                 found.append(path.relative_to(folder))
-            else:
-                others += 1
-    if others:
-        report(f"left out {others} files in {folder} that are not images")
     return sorted(found)
+
+def class_names(files):
+    """The first-level subfolders of image paths, numbers in numeric order: label k is entry k."""
+    return sorted({path.parts[0] for path in files},
+                  key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
 
 def load_folder(folder, size, train, channels=3):
     """The images below a folder -> uint8 [N, channels, *size], labels long [N] or None.
 
-    Labels are the first-level subfolders, if every image is in one. A hash of the path orders the
-    images, mixing the classes, and puts about one image in twenty in the test split, so adding
-    images does not reassign the others. Raises ValueError if the split has no usable image.
+    Labels are the first-level subfolders, if every image is in one; `class_names` of the folder's
+    `find_images` returns their names. A hash of the path orders the images, mixing the classes, and
+    puts about one image in twenty in the test split, so adding images does not reassign the others.
+    Raises ValueError if the split has no usable image.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"--data-dir {folder} is not a folder; give a folder of images")
     files = find_images(folder)
-    classes = sorted({path.parts[0] for path in files})
-    labeled = all(len(path.parts) > 1 for path in files)
+    classes = {name: k for k, name in enumerate(class_names(files))}
+    stray = sum(len(path.parts) == 1 for path in files)    # images outside of subfolders
+    if 0 < stray < len(files):
+        say(f"no labels, since {stray} of {len(files)} images are not in a subfolder of {folder}")
     rank = {path: zlib.crc32(path.as_posix().encode(errors="surrogateescape")) for path in files}
-    limit = max(2**32 // 20, min(rank.values(), default=0))    # at least one image is for tests
+    limit = max(2**32 // 20, min(rank.values(), default=0))    # the test split gets an image
     files = sorted((path for path in files if (rank[path] > limit) == train), key=rank.get)
     split = "training" if train else "test"
-    report(f"reading {len(files)} {split} images in {folder}")
+    say(f"reading {len(files)} {split} images in {folder}")
     images, labels, bad = np.empty((len(files), channels, *size), np.uint8), [], []
     with ThreadPoolExecutor() as pool:
-        decode = functools.partial(decode_image, size=size, channels=channels)
+        decode = partial(decode_image, size=size, channels=channels)
         for path, image in zip(files, pool.map(decode, [Path(folder, path) for path in files])):
             if image is None:
-                bad.append(ascii(str(path)))
+                bad.append(str(path))
                 continue
             images[len(labels)] = image
-            labels.append(classes.index(path.parts[0]))
-            if len(labels) % 500 == 0:
-                report(f"read {len(labels)} of {len(files)} images", transient=True)
+            labels.append(classes[path.parts[0]])
+    dark = np.sum(images[:len(labels)].max((1, 2, 3)) <= 16)    # of 255
+    if dark:
+        say(f"{dark} images are nearly black; if they hold 12 bits in 16-bit files, rescale them")
     if bad:
-        names = ", ".join(bad[:10]) + ", ..." * (len(bad) > 10)
-        report(f"skipped {len(bad)} of {len(files)} images (damaged or unusable): {names}")
+        say(f"skipped {len(bad)} images (damaged or unusable), among them {bad[:10]}")
     if not labels:
         raise ValueError(f"--data-dir {folder} has no usable images for the {split} split; "
                          "add images")
-    return torch.from_numpy(images[:len(labels)]), torch.tensor(labels) if labeled else None
+    return torch.from_numpy(images[:len(labels)]), torch.tensor(labels) if stray == 0 else None
 
-def load_images(name, data_dir, image_size, split, channels=3):
-    """A dataset's "train" or "test" split -> uint8 [N, C, S, S] on the CPU, labels long [N].
+def load_images(config, split):
+    """The "train" or "test" split of a run's dataset -> uint8 [N, C, S, S], labels long [N].
 
-    `channels` is for a folder, whose labels may be None. Raises ValueError for missing data.
+    The labels of a folder may be None. Raises ValueError for missing data and wrong channels.
     """
+    c, name, train = config, config.dataset, split == "train"
+    size = [c.image_size, c.image_size]
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, got {split!r}")
-    train, size = split == "train", [image_size, image_size]
     if name == "shapes":
-        n, seed = (50_000, 1) if train else (10_000, 2)
-        return draw_shapes(n, image_size, seed)
-    if name == "folder":
-        return load_folder(data_dir, size, train, channels)
-    import torchvision
-    kind = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")[name]
-    try:
-        data = getattr(torchvision.datasets, kind)(data_dir, train=train, download=True)
-    except (RuntimeError, OSError, ValueError) as e:
-        raise ValueError(f"could not download or read {name} in --data-dir {data_dir} ({e}); check "
-                         "the network, or delete damaged files there") from None
-    images = torch.as_tensor(data.data)    # [N, 28, 28] or [N, 32, 32, 3]
-    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)    # [N, C, ...]
-    if images.shape[3] != image_size:
+        images, labels = draw_shapes(50_000 if train else 10_000, c.image_size, seed=2 - train)
+    elif name == "folder":
+        images, labels = load_folder(c.data_dir, size, train, c.channels)
+    else:
+        import torchvision
+        kind = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")[name]
+        try:
+            data = getattr(torchvision.datasets, kind)(c.data_dir, train=train, download=True)
+        except (RuntimeError, OSError, ValueError) as e:
+            raise ValueError(f"could not download or read {name} in --data-dir {c.data_dir} ({e}); "
+                             "check the network, or delete damaged files there") from None
+        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+        if images.dim() == 3:
+            images = images[..., None]
+        images = images.permute(0, 3, 1, 2)    # [N, H, W, C] -> [N, C, H, W]
         images = torchvision.transforms.functional.resize(images, size, antialias=True)
-    return images.contiguous(), torch.as_tensor(data.targets)
-
-def load_split(config, split):
-    """The images of a run's dataset, uint8 [N, C, S, S]; `split` is "train" or "test"."""
-    c = config
-    images, _ = load_images(c.dataset, c.data_dir, c.image_size, split, c.channels)
     if images.shape[1] != c.channels:
-        raise ValueError(f"{c.dataset} images have {images.shape[1]} channels, not {c.channels}; "
+        raise ValueError(f"{name} images have {images.shape[1]} channels, not {c.channels}; "
                          f"use --channels {images.shape[1]}")
-    return images
+    return images.contiguous(), labels
 
 # --------------------------------------------------------------------------------------------------
 # 8 Training: first the VAE and its prior, then the U-Net; one checkpoint for everything
 # --------------------------------------------------------------------------------------------------
-LOG_COLUMNS = ("stage", "step", "loss", "recon", "kl", "lr", "images_per_s")
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 def new_state():
-    """Training state: steps, log, the current stage's optimizer, the U-Net's unaveraged weights."""
+    """The training state: steps done, log rows, the current stage, its optimizer and scaler, the
+    U-Net's weights before averaging, and model.pt's time stamp when last read or written here.
+    """
     return dict(steps=dict(vae=0, ddpm=0), log=[], stage="", optimizer=None, scaler={},
-                weights=None)
+                weights=None, modified=None)
 
 def train_vae(model, images, state):
     """Stage 1: train model.vae on uint8 images [N, C, S, S]; a generator of log rows.
@@ -1316,30 +1244,33 @@ def train_vae(model, images, state):
     """
     model.require_vae()
     c, vae, device = model.config, model.vae, model.device
-    if state["steps"]["vae"] < c.vae_steps:
-        model.mixture.fitted.fill_(False)    # a prior belongs to the VAE it was fitted to
+    if state["steps"]["vae"] >= c.vae_steps:
+        return
+    model.mixture.fitted.fill_(False)    # a prior belongs to the VAE it was fitted to
     optimizer, scaler = optimizer_for(vae, "vae", c, device, state)
-    x = random_batch(images, c.vae_batch, c.hflip, device)    # for the trial in `compiled`
-    compute_loss, losses = compiled(lambda x: vae.loss(x, c.kl_weight), c, x), []
+    compute_loss = compiled(
+        lambda x: torch.stack(vae.loss(x, c.kl_weight)), c, images, c.vae_batch, device)
+    losses, clock = [], time.perf_counter()
     for step in range(state["steps"]["vae"], c.vae_steps):
         torch.manual_seed(stream(c.seed, "vae", step))
         x = random_batch(images, c.vae_batch, c.hflip, device)
         with autocast(c.precision, device):
-            loss, recon, kl = compute_loss(x)
+            loss = compute_loss(x)    # total, squared error and KL
         optimizer.param_groups[0]["lr"] = lr_at(step, c.vae_steps, c.vae_lr, c.warmup)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(loss[0]).backward()
         scaler.step(optimizer)
         scaler.update()
-        losses.append(torch.stack([loss, recon, kl]).detach())
+        losses.append(loss.detach())
         advance(state, "vae", optimizer)
         if (step + 1) % c.log_every == 0 or step + 1 == c.vae_steps:
-            yield log_row(state, losses, vae, scaler)
+            yield log_row(state, losses, vae, scaler, clock)
+            clock = time.perf_counter()    # excludes checkpoints and pictures
 
 def train_ddpm(model, images, state):
     """Stage 2: train the U-Net, with the VAE fixed; otherwise like `train_vae`.
 
-    Adam trains a copy; model.unet is the moving average of its weights (EMA), ready to sample.
+    Adam trains a copy; model.unet holds the moving average (EMA) of the copy's weights.
     """
     c, device = model.config, model.device
     unet = copy.deepcopy(model.unet).train()
@@ -1347,9 +1278,9 @@ def train_ddpm(model, images, state):
     optimizer, scaler = optimizer_for(unet, "ddpm", c, device, state)
     if state["stage"] == "ddpm":
         unet.load_state_dict(state["weights"])
-    x = random_batch(images, c.batch_size, c.hflip, device)    # for the trial in `compiled`
     weights = unet.state_dict()    # shares memory with `unet`, so it is always current
-    compute_loss, losses = compiled(lambda x: model.loss(x, unet), c, x), []
+    compute_loss = compiled(lambda x: model.loss(x, unet)[None], c, images, c.batch_size, device)
+    losses, clock = [], time.perf_counter()
     for step in range(state["steps"]["ddpm"], c.ddpm_steps):
         torch.manual_seed(stream(c.seed, "ddpm", step))
         x = random_batch(images, c.batch_size, c.hflip, device)
@@ -1357,25 +1288,26 @@ def train_ddpm(model, images, state):
             loss = compute_loss(x)
         optimizer.param_groups[0]["lr"] = lr_at(step, c.ddpm_steps, c.lr, c.warmup)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(loss[0]).backward()
         if c.grad_clip > 0:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(params, c.grad_clip)
         scaler.step(optimizer)
         scaler.update()
-        decay = min(c.ema, (1 + step) / (10 + step))    # at first, forget old weights faster
+        decay = min(c.ema, (1 + step) / (10 + step))    # a shorter memory at first
         with torch.no_grad():
             torch._foreach_lerp_(average, params, 1 - decay)
-        losses.append(loss.detach()[None])
+        losses.append(loss.detach())
         advance(state, "ddpm", optimizer, weights)
         if (step + 1) % c.log_every == 0 or step + 1 == c.ddpm_steps:
-            yield log_row(state, losses, unet, scaler)
+            yield log_row(state, losses, unet, scaler, clock)
+            clock = time.perf_counter()
 
 def optimizer_for(network, stage, config, device, state):
     """Adam and a gradient scaler (enabled only for fp16), restored if `state` is from `stage`."""
     fp16 = half_precision(config.precision, device) == torch.float16
     if fp16 and device.type == "mps":
-        raise ValueError("cannot train in fp16 on MPS; use --precision fp32 or bf16")
+        raise ValueError("cannot train in fp16 on MPS; use --precision fp32")
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     if state["stage"] == stage:
@@ -1392,48 +1324,44 @@ def advance(state, stage, optimizer, weights=None):
     state["steps"][stage] += 1
     state.update(stage=stage, optimizer=optimizer.state_dict(), weights=weights)
 
-def log_row(state, losses, network, scaler):
-    """Append the mean losses to the log; ValueError if they or the parameters are not finite."""
+def log_row(state, losses, network, scaler, clock):
+    """Append the mean losses and the speed since `clock` to the log, and clear `losses`.
+
+    ValueError if the losses or the parameters are not finite.
+    """
     stage, mean = state["stage"], torch.stack(losses).mean(0)
     step = state["steps"][stage]
     if not all(v.isfinite().all() for v in [mean, *network.parameters()]):
-        raise ValueError(f"non-finite {stage} loss after step {step - len(losses)}; "
-                         "try a lower learning rate")
-    losses.clear()
+        raise ValueError(f"non-finite {stage} loss or weights after step {step - len(losses)}; "
+                         "try a lower learning rate (--vae-lr, --lr)")
     row = dict(zip(("loss", "recon", "kl"), mean.tolist()))    # stage 2 has only "loss"
-    row |= dict(stage=stage, step=step, lr=state["optimizer"]["param_groups"][0]["lr"])
+    row |= dict(stage=stage, step=step, lr=state["optimizer"]["param_groups"][0]["lr"],
+                steps_per_s=len(losses) / (time.perf_counter() - clock))
+    losses.clear()
     state["log"].append(row)
     state["scaler"] = scaler.state_dict()
     return row
 
-def compiled(function, config, x):
-    """A loss function, compiled if the config asks for it and a trial on a batch x works.
-
-    With "auto", networks too narrow to gain are not compiled, and a failure only prints a warning;
-    with "on" it raises ValueError.
-    """
-    auto = x.device.type == "cuda" and config.unet_width >= 64 and config.compile == "auto"
-    if config.compile != "on" and not auto:
-        return function
+def compiled(loss, config, images, n, device):
+    """A loss function, images -> losses [1] or [3], compiled on CUDA if asked for and possible."""
+    if not config.compile or device.type != "cuda":
+        return loss
+    say("compiling; this takes minutes")
     try:
-        fast = torch.compile(function, dynamic=False)
-        with autocast(config.precision, x.device):
-            out = fast(x)
-        loss = out[0] if isinstance(out, tuple) else out
-        loss.backward()    # compiled separately
-    except torch.OutOfMemoryError:
-        raise
+        fast = torch.compile(loss, dynamic=False)
+        with autocast(config.precision, device):
+            out = fast(random_batch(images, n, config.hflip, device))
+        out[0].backward()    # compiled separately
+        return fast
     except Exception as e:    # no compiler, or an old GPU
-        message = f"torch.compile failed ({type(e).__name__})"
-        if not auto:
-            raise ValueError(f"{message}; use --compile off") from None
-        report(f"{message}; continuing without it")
-        return function
-    return fast
+        say(f"torch.compile failed ({summary(e)}); continuing without it")
+        return loss
 
 def random_batch(images, n, hflip, device):
     """n random uint8 images [N, C, S, S] -> float [n, C, S, S]; `hflip` flips half of them."""
     x = images[torch.randint(len(images), (n,), device=images.device)]
+    if device.type == "cuda" and not x.is_cuda:    # copy without waiting
+        x = x.pin_memory().to(device, non_blocking=True)
     x = to_float(x.to(device))
     if hflip:
         x = torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
@@ -1445,82 +1373,81 @@ def lr_at(step, total, peak, warmup):
     decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (total - warmup))
     return peak * min(1, (step + 1) / (warmup + 1)) * decay
 
-def encode_images(model, images, sample=False, generator=None):
-    """`model.encode` of uint8 images [N, C, S, S] on any device, 500 at a time -> [N, z_dim]."""
-    batches = (to_float(x.to(model.device)) for x in images.split(500))
-    return torch.cat([model.encode(x, sample, generator) for x in batches])
-
-def fit_prior(model, images):
+def fit_prior(model, images, components=None):
     """Fit a new model.mixture to z ~ q(z|x) of up to 50,000 uint8 images [N, C, S, S]."""
     c, g = model.config, torch.Generator().manual_seed(model.config.seed)
-    z = encode_images(model, images[:50_000], sample=True, generator=g)
-    mixture = model.mixture = GaussianMixture(c.gmm_components, c.z_dim).to(model.device)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")    # no TF32 in distances and covariances
-    try:
-        mixture.fit(z, generator=g)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    report(f"prior: {c.gmm_components} Gaussians, "
-           f"log-likelihood {mixture.history[-1]:.2f} nats per code")
+    batches = (to_float(x.to(model.device)) for x in images[:50_000].split(500))
+    z = torch.cat([model.encode(x, sample=True, generator=g) for x in batches])
+    mixture = GaussianMixture(components or c.gmm_components, c.z_dim).to(model.device)
+    model.mixture = mixture.fit(z, generator=g)
+
+def modified(path):
+    """When a file was last modified, in ns; None if it does not exist."""
+    return path.stat().st_mtime_ns if path.exists() else None
 
 def save_checkpoint(model, state):
-    """Write model.pt atomically. Raises OSError if it cannot be written.
+    """Write model.pt atomically, then config.json and log.csv for people to read.
 
-    Also write config.json and log.csv, for people to read.
+    Raises OSError if model.pt cannot be written, ValueError if another process has written it.
     """
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
+    if modified(path) != state["modified"]:
+        raise ValueError(f"another process is training in {run_dir}: {path} has changed; run this "
+                         "command again to continue from it, or change --run-dir")
     if model.vae:    # the mixture may have been replaced
         options["gmm_components"] = len(model.mixture.weights)
-    saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(), **state)
-    try:
-        write_atomically(path, lambda p: torch.save(saved, p))
-    except (OSError, RuntimeError) as e:    # torch.save raises RuntimeError if the disk is full
-        raise OSError(f"could not write {path} ({e}); the last checkpoint is unchanged") from None
+    saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(),
+                 **{**state, "modified": None})
+
+    def write_model(path):
+        with open(path, "wb") as f:    # a file object reports a full disk, a path does not
+            torch.save(saved, f)
 
     def write_log(path):
-        with open(path, "w", newline="") as f:
-            writer = csv.DictWriter(f, LOG_COLUMNS)
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(
+                f, ("stage", "step", "loss", "recon", "kl", "lr", "steps_per_s"))
             writer.writeheader()
             writer.writerows(state["log"])
 
-    try_to_write(run_dir / "config.json", lambda p: p.write_text(json.dumps(options, indent=2)))
+    try:
+        write_atomically(path, write_model)
+    except OSError as e:
+        raise OSError(f"could not write {path} ({summary(e)}); the previous checkpoint is "
+                      "unchanged") from None
+    state["modified"] = modified(path)
+    try_to_write(run_dir / "config.json", lambda p: p.write_text(
+        json.dumps(options, indent=2), encoding="utf-8"))
     try_to_write(run_dir / "log.csv", write_log)
 
 def load_run(run_dir, trained=False):
-    """Load the DiffuseVAE in a run folder, on the CPU, and its training state, executing no code.
+    """Load a run's DiffuseVAE and training state onto the CPU, without executing pickled code.
 
     Raises ValueError if model.pt is missing, damaged or of another format, or if it must be
     `trained` and its U-Net is not.
     """
-    path = Path(os.path.expanduser(run_dir), "model.pt")
+    path = Path(run_dir, "model.pt").expanduser()
     if not path.exists():
         raise ValueError(f"no model.pt in {run_dir}; train first, or set --run-dir")
     try:
+        time_read = modified(path)
         if zipfile.ZipFile(path).testzip():    # torch.load does not verify checksums
-            raise ValueError("bad checksum")
+            raise ValueError("damaged: bad checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        version = saved.get("format", 1)
-    except Exception as e:    # a damaged archive fails in many ways
-        if isinstance(e, OSError) or out_of_memory(e):    # the file may be sound
-            raise
-        raise ValueError(f"{path} is damaged ({type(e).__name__}); move it away or use a new "
-                         "--run-dir") from None
-    if version != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path} has checkpoint format {version}, but this diffusevae.py reads "
-                         f"format {CHECKPOINT_FORMAT}; use a new --run-dir")
-    try:
+        if saved.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError(f"checkpoint format {saved.get('format', 1)}; this diffusevae.py "
+                             f"reads format {CHECKPOINT_FORMAT}")
         with torch.device("cpu"):
             model = DiffuseVAE(Config.preset(**{**saved["options"], "run_dir": str(run_dir)}))
         model.load_state_dict(saved["model"])
         state = {name: saved[name] for name in new_state()}
+        state["modified"] = time_read
         untrained = state["steps"]["ddpm"] == 0
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        if out_of_memory(e):
+    except Exception as e:    # a damaged file fails in many ways
+        if isinstance(e, OSError) or out_of_memory(e):    # the file may be sound
             raise
-        reason = str(e).split("\n")[0]
-        raise ValueError(f"{path} does not fit its options ({reason}); move it away or use a new "
+        raise ValueError(f"cannot use {path} ({summary(e)}); move it away or use a new "
                          "--run-dir") from None
     if trained and untrained:
         raise ValueError(f"the U-Net in {run_dir} is not trained yet; use --stage ddpm first")
@@ -1529,161 +1456,133 @@ def load_run(run_dir, trained=False):
 # --------------------------------------------------------------------------------------------------
 # 9 Pictures: labeled grids, curves, and samples as files
 # --------------------------------------------------------------------------------------------------
-def draw_grids(grids, columns, across=1, rows=(), ticks=()):
-    """(title, images [N, C, S, S]) pairs -> a matplotlib figure of grids, `across` side by side.
+def draw_grid(rows, columns=16):
+    """Labeled rows of images -> a matplotlib figure, at most 8.7 inches wide.
 
-    `rows` labels the rows of each grid, `ticks` the columns of the lowest grids.
+    `rows` maps labels to images [N, C, S, S] in [-1, 1]. Rows longer than `columns` are wrapped,
+    all of them together.
     """
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
-    down = math.ceil(len(grids) / across)
-    cell = max(0.4, 3.2 / columns)    # inches per image
-    most = max(len(images) for _, images in grids)
-    width = cell * columns + (1 if rows else 0)
-    height = cell * math.ceil(most / columns) + 0.35
-    fig = Figure(figsize=(across * width, down * height), dpi=150, layout="constrained")
-    axes = fig.subplots(down, across, squeeze=False).flat
-    for i, (ax, (title, images)) in enumerate(zip(axes, grids)):
-        grid = make_grid(to_uint8(images).cpu(), nrow=columns, padding=1, pad_value=255)
-        ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")    # [H, W, 3]
-        ax.set_title(title, fontsize=9)
-        pitch = images.shape[3] + 1    # pixels from one image to the next
-        labels = ticks if i >= len(grids) - across else ()
-        ax.set_yticks([(k + 0.5) * pitch for k in range(len(rows))], rows)
-        ax.set_xticks([(k + 0.5) * pitch for k in range(len(labels))], labels)
-        ax.tick_params(length=0, labelsize=8)
-        ax.spines[:].set_visible(False)
+    batches = list(rows.values())
+    most = max(map(len, batches))
+    columns = min(columns, most)
+    down = math.ceil(most / columns)
+    shape = len(rows), down * columns, *batches[0].shape[1:]
+    cells = torch.full(shape, 255, dtype=torch.uint8)    # white where there is no image
+    for row, images in zip(cells, batches):
+        row[:len(images)] = to_uint8(images)
+    cells = cells.unflatten(1, (down, columns)).transpose(0, 1)    # [down, rows, columns, C, S, S]
+    grid = make_grid(cells.flatten(0, 2), nrow=columns, padding=1, pad_value=255)    # [3, H, W]
+    margin, cell = 1.2, min(0.9, 7.5 / columns)    # inches: the labels, an image
+    width, height = margin + columns * cell, len(rows) * down * cell
+    fig = Figure(figsize=(width, height), dpi=150)
+    ax = fig.add_axes((margin / width, 0, 1 - margin / width, 1))
+    ax.imshow(grid.permute(1, 2, 0).numpy(), aspect="auto")    # [H, W, 3]
+    middles = (torch.arange(len(rows) * down) + 0.5) * (shape[3] + 1)
+    ax.set_yticks(middles.tolist(), list(rows) * down, fontsize=9)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
     return fig
 
-def pictures_due(step, total, every):
-    """How many progress pictures of a stage are due by `step`; most of them are early."""
-    if every >= 0:
-        return step // every if every else 0
-    return int(2 * math.log2(max(1, 128 * step / total)))    # 14, by factors of sqrt(2)
-
 @torch.no_grad()
-def draw_progress(model, stage, x, path):
-    """Write test images x [N, C, S, S], their x_hat and, in stage 2, the refined images as rows.
+def draw_progress(model, stage, x):
+    """Test images x [N, C, S, S], their x_hat and, in stage 2, refined images, as a figure.
 
     The codes and the noise are the same in every picture. Without a VAE there are only samples.
     """
-    from torchvision.utils import save_image
     z = model.encode(x) if model.vae else None
-    rows = [x, model.vae.decode(z)] if model.vae else []
+    rows = {"test image": x, "VAE": model.vae.decode(z)} if model.vae else {}
     if stage == "ddpm":
         noise = model.noise(len(x), generators(model.config.seed, "progress", range(len(x))))
-        steps, x_hat = min(model.config.steps, 10), rows[1] if rows else None
-        rows.append(model.refine(x_hat, noise, z, steps=steps, eta=0.0, variance="small"))
-    images = (torch.cat(rows) + 1) / 2
-    images = F.interpolate(images, scale_factor=max(1, round(100 / images.shape[3])))
-    try_to_write(path, lambda p: save_image(images, p, format="png", nrow=len(x), pad_value=1))
+        refined = model.refine(rows.get("VAE"), noise, z, eta=0.0, variance="small")
+        rows["refined" if model.vae else "DDPM"] = refined
+    return draw_grid(rows)
 
 def draw_curves(log):
     """The losses in the log against training steps -> a matplotlib figure."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogLocator
+    from matplotlib.ticker import LogLocator
     fig = Figure(figsize=(8.7, 3), dpi=100, layout="constrained")
     panels = (("vae", "stage 1: VAE, nats per image", {"recon": "squared error", "kl": "KL"}),
               ("ddpm", "stage 2: DDPM, mean squared error", {"loss": "prediction error"}))
     for ax, (stage, title, curves) in zip(fig.subplots(1, 2), panels):
         rows = [row for row in log if row["stage"] == stage]
-        if not rows:
-            ax.set_axis_off()
-            continue
+        steps = [row["step"] for row in rows]
         for name, label in curves.items():
-            ax.loglog([row["step"] for row in rows], [row[name] for row in rows], label=label)
+            ax.loglog(steps, [row[name] for row in rows], label=label)
         ax.set(title=title, xlabel="training step")
         ax.legend(frameon=False)
         ax.minorticks_off()
-        ax.tick_params(labelsize=8)
-        for axis, number in ((ax.xaxis, EngFormatter(sep="")), (ax.yaxis, "{x:g}")):
+        for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(number)
+            axis.set_major_formatter("{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
     return fig
 
-def slerp(a, b, u):
-    """Noise on the arc from a to b [...], at fractions u [n] of the way -> [n, ...].
-
-    A straight line would pass through noise of too small a norm.
-    """
-    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    angle = cosine.clamp(-0.9999, 0.9999).acos()
-    u = u.view(-1, *[1] * a.dim())
-    return (((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()
-
 @torch.no_grad()
 def draw_latents(model, x):
-    """What the code and the noise hold -> a matplotlib figure, for test images x [N, C, S, S].
+    """What z and the noise encode -> a matplotlib figure, for test images x [N, C, S, S].
 
-    Reconstructions with random and with inverted noise, then interpolation between the first two
-    images, in z with the noise fixed and in the noise with z fixed.
+    Reconstructions with random and with inverted noise, then interpolation in z between the first
+    two images, with the noise fixed.
     """
-    steps = min(model.config.steps, 25)
-    z, noise = model.invert(x, steps=steps)
-    random = model.noise(len(x), generators(model.config.seed, "latents", range(len(x))))
-    decode = functools.partial(model.decode, steps=steps, eta=0.0, variance="small")
-    rows = {"VAE": model.vae.decode(z), "random noise": decode(z, random),
+    z, noise = model.invert(x)
+    decode = partial(model.decode, eta=0.0, order=1, variance="small")
+    g = generators(model.config.seed, "latents", range(len(x)))
+    rows = {"VAE": model.vae.decode(z), "random noise": decode(z, model.noise(len(x), g)),
             "inverted noise": decode(z, noise)}
     rows = {f"{name}\nMSE {(y - x).square().mean():.4f}": y for name, y in rows.items()}
-    u = torch.linspace(0, 1, len(x), device=x.device)
-    z_walk = torch.lerp(z[0], z[1], u[:, None])    # [N, z_dim]
-    noise_walk = slerp(noise[0], noise[1], u)
-    rows = {"test image": x, **rows,
-            "walk in z\nVAE": model.vae.decode(z_walk),
-            "walk in z\nrefined": decode(z_walk, noise[:1].repeat(len(x), 1, 1, 1)),
-            "walk in noise\nrefined": decode(z[:1].repeat(len(x), 1), noise_walk)}
-    title = "reconstruction, then walks from the first test image to the second"
-    return draw_grids([(title, torch.cat(list(rows.values())))], len(x), rows=list(rows))
+    between = torch.lerp(z[0], z[1], torch.linspace(0, 1, len(x), device=x.device)[:, None])
+    return draw_grid({"test image": x, **rows,
+                      "interpolated z,\nVAE": model.vae.decode(between),
+                      "interpolated z,\nrefined": decode(between, noise[:1].expand_as(noise))})
 
 def sample_images(model):
-    """Write samples.png: real | VAE | refined. Image i depends only on the seed and i.
+    """Write samples.png: real, VAE and refined images. Batch size and number do not affect them.
 
     With --save-images, also write each image to samples/ and its x_hat to vae_samples/. With a VAE
     and test images, also write latents.png.
     """
-    c, run_dir, shown = model.config, Path(model.config.run_dir), {}
+    c, run_dir, shown = model.config, Path(model.config.run_dir), []
     clock = time.perf_counter()
     total = c.num_samples if c.save_images else min(c.num_samples, 64)
-    if model.vae and c.prior == "gmm" and not model.mixture.fitted:    # --gmm-components changed
-        fit_prior(model, load_split(c, "train"))
-    for indices in torch.arange(total).split(c.sample_batch):
-        g = generators(c.seed, "sample", indices.tolist())
-        x_hat, x = model.sample_both(len(g), g)
-        images = {"vae_samples": x_hat, "samples": x} if model.vae else {"samples": x}
-        for name, batch in images.items():
-            shown[name] = torch.cat([shown.get(name, batch[:0]), batch])[:64]
-            if c.save_images:
-                save_pngs(run_dir / name, indices.tolist(), batch)
-        done = indices[-1].item() + 1
+    for start in range(0, total, c.sample_batch):
+        indices = range(start, min(start + c.sample_batch, total))
+        g = generators(c.seed, "sample", indices)
+        both = [x for x in model.sample_both(len(g), g) if x is not None]    # x_hat and x
+        if c.save_images:
+            for folder, x in zip(("samples", "vae_samples"), both[::-1]):
+                save_pngs(run_dir / folder, indices, x)
+        if start < 64:
+            shown.append(torch.stack(both))    # [1 or 2, B, C, S, S]
+        done = indices[-1] + 1
         left = (time.perf_counter() - clock) / done * (total - done) / 60
-        report(f"sampled {done} of {total} images  {left:.1f} min left", transient=True)
-    titles = {"vae_samples": "VAE",
-              "samples": f"{'refined' if model.vae else 'DDPM'}, {c.steps} steps"}
-    grids = [(titles[name], batch) for name, batch in shown.items()]
-    real = ()
+        say(f"sampled {done} of {total} images  {left:.1f} min left", transient=True)
+    labels = ["VAE", f"refined,\n{c.steps} steps"] if model.vae else [f"DDPM,\n{c.steps} steps"]
+    rows = dict(zip(labels, torch.cat(shown, dim=1)[:, :64]))
     try:
-        real = to_float(load_split(c, "test")[:64])
-        grids.insert(0, ("real (test set)", real[:total]))
-    except ValueError as e:    # without the data, samples are still worth seeing
-        report(f"samples.png has no real images: {e}")
-    fig = draw_grids(grids, math.ceil(min(total, 64) ** 0.5), len(grids))
-    hint = "refined images should be sharper than the VAE's" if model.vae else titles["samples"]
-    save_figure(fig, run_dir / "samples.png", hint)
-    if model.vae and len(real) > 1:
-        fig = draw_latents(model, real[:8].to(model.device))
-        save_figure(fig, run_dir / "latents.png", "inverted noise should return the test images")
+        real = to_float(load_images(c, "test")[0][:64])
+        rows = {"real": real[:total], **rows}
+    except ValueError as e:    # still show the samples
+        real = ()
+        say(f"samples.png has no real images: {e}")
+    save_figure(run_dir / "samples.png", draw_grid, rows)
+    if len(real) > 1 and model.vae:
+        save_figure(run_dir / "latents.png", draw_latents, model, real[:8].to(model.device))
+    say(f"sampled {total} images; the pictures are in {run_dir}")
 
-def save_figure(fig, path, done=""):
-    """Write a matplotlib figure as a PNG file; see `try_to_write`."""
-    try_to_write(path, lambda p: fig.savefig(p, format="png", bbox_inches="tight"), done)
+def save_figure(path, draw, *args):
+    """Draw a matplotlib figure and write it as a PNG file; see `try_to_write`."""
+    try_to_write(path, lambda p: draw(*args).savefig(p, format="png"))
 
 def save_pngs(folder, indices, images):
     """Write images [N, C, S, S] to folder/000000.png and so on; index 0 removes earlier ones."""
     from PIL import Image
     if indices[0] == 0:
         folder.mkdir(exist_ok=True)
-        for old in folder.glob("[0-9]" * 6 + ".png"):
+        for old in folder.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png"):
             old.unlink()
     pixels = to_uint8(images).cpu().permute(0, 2, 3, 1).numpy()    # [N, S, S, C]
     for i, image in zip(indices, pixels):
@@ -1692,131 +1591,90 @@ def save_pngs(folder, indices, images):
 # --------------------------------------------------------------------------------------------------
 # 10 Main: the command line
 # --------------------------------------------------------------------------------------------------
-def run(given):
-    """Do what the options given on the command line ask for."""
-    c = Config.preset(**given)
-    device, run_dir = find_device(c.device), Path(c.run_dir)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    training = contextlib.nullcontext()
-    if c.stage != "sample":
-        training = lock(run_dir / ".training.lock")
-    with training:
-        model, state = open_run(given)
-        model.to(device, memory_format=layout(device))
-        if c.stage != "sample":
-            train(model, state)
-        if c.stage in ("all", "sample"):
-            with lock(run_dir / ".sampling.lock"):
-                sample_images(model)
-
 def open_run(given):
     """Options given on the command line -> the DiffuseVAE to work on, and its training state.
 
     The other options come from the saved run or, without one, from the preset. Raises ValueError
     for options that conflict with the saved run, naming all of them, or that cannot work.
     """
-    run_dir, saved = Config.preset(**given).run_dir, {}
-    model, state = None, new_state()
+    run_dir = Config.preset(**given).run_dir
+    model, state, saved = None, new_state(), {}
     sampling = given.get("stage") == "sample"
     if sampling or Path(run_dir, "model.pt").exists():
         model, state = load_run(run_dir, trained=sampling)
         saved = model.config.group(ModelOptions, TrainingOptions)
     c = Config.preset(**{**saved, **given, "run_dir": run_dir})
-    fixed = c.group(ModelOptions)
-    if saved and c.data_dir != saved["data_dir"] and c.dataset == "folder":    # moved or changed?
-        if Path(saved["data_dir"]).exists():
-            fixed["data_dir"] = c.data_dir
-        else:
-            report(f"{saved['data_dir']} no longer exists; reading images from {c.data_dir}")
+    fixed = c.group(ModelOptions).items()
     conflicts = [f"{flag(name)} {saved[name]}, not {value}"
-                 for name, value in fixed.items() if saved.get(name, value) != value]
+                 for name, value in fixed if saved.get(name, value) != value]
     if conflicts:
         raise ValueError(f"options conflict with the saved run: {run_dir} has "
                          f"{'; '.join(conflicts)}; remove them or change --run-dir")
-    with torch.device("meta"):    # refuse what cannot work, before taking time or memory
-        trial = DiffuseVAE(c)
-    trial.diffusion.step_pairs(c.steps, c.eta, c.spacing, c.variance)
+    device = find_device(c.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
     torch.manual_seed(stream(c.seed, "weights", 0))
     model = model or DiffuseVAE(c)
     model.config = c
-    if model.vae and len(model.mixture.weights) != c.gmm_components:
-        model.mixture = GaussianMixture(c.gmm_components, c.z_dim)    # to be fitted
-    return model, state
+    model.diffusion.step_pairs(c.steps, c.eta, c.spacing, c.variance)    # refuses bad options
+    return model.to(device, memory_format=layout(device)), state
 
 def train(model, state):
-    """Train what --stage asks for and is not trained yet, and save checkpoints."""
-    c, steps = model.config, state["steps"]
-    vae_done = not model.vae or (steps["vae"] >= c.vae_steps and model.mixture.fitted)
-    if vae_done and steps["ddpm"] >= c.ddpm_steps:    # no images needed
-        report(f"training in {c.run_dir} is complete")
+    """Train what --stage asks for and is not trained yet; save checkpoints and pictures."""
+    c, run_dir, steps = model.config, Path(model.config.run_dir), state["steps"]
+    if c.stage == "vae":
+        model.require_vae()
+    stages = []    # name, generator of log rows, number of training steps
+    if model.vae:
+        stages.append(("vae", train_vae, c.vae_steps))
+    if c.stage != "vae":
+        stages.append(("ddpm", train_ddpm, c.ddpm_steps))
+    fitted = not model.vae or model.mixture.fitted
+    if fitted and all(steps[stage] >= total for stage, _, total in stages):
+        say(f"training in {run_dir} is complete")
         return
-    images = load_split(c, "train")
     if model.vae and steps["ddpm"] > 0 and steps["vae"] < c.vae_steps:
-        raise ValueError(f"cannot continue VAE training in {c.run_dir}: the U-Net depends on the "
+        raise ValueError(f"cannot continue VAE training in {run_dir}: the U-Net depends on the "
                          f"VAE; use a new --run-dir or --vae-steps {steps['vae']}")
+    (images, _), (x, _), device = load_images(c, "train"), load_images(c, "test"), model.device
+    x = to_float(x[:8]).to(device)    # for the progress pictures
     if model.vae and len(images) < c.gmm_components:
         raise ValueError(f"--gmm-components {c.gmm_components} exceeds the {len(images)} training "
                          "images; lower it")
-    if c.stage == "vae" and not model.vae:
-        raise ValueError("--formulation none has no VAE to train; use --stage ddpm")
-    device = model.device
     if device.type == "cuda" and images.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:
-        images = images.to(device)    # if they fit
-    report(f"{c.dataset}: {len(images)} images of {c.image_size}x{c.image_size} pixels, "
-           f"formulation {c.formulation}, {device.type}")
-    plan = [f"VAE to step {c.vae_steps}", "prior"] if model.vae else []
-    plan += [f"U-Net to step {c.ddpm_steps}"] if c.stage != "vae" else []
-    plan += ["samples"] if c.stage == "all" else []
-    report(f"plan: {', '.join(plan)}; checkpoint and pictures go to {c.run_dir}")
-    if device.type == "cpu" and c.dataset in ("cifar10", "folder") and not c.small:
-        report("this preset is sized for a GPU and may take weeks on a CPU; see --small")
-    x = None
-    if c.sample_every:
-        with contextlib.suppress(ValueError):    # without test images
-            x = to_float(load_split(c, "test")[:8]).to(device)
-    for leftover in Path(c.run_dir).glob("model.*.tmp"):    # of a process that was killed
-        leftover.unlink()
-    if not Path(c.run_dir, "model.pt").exists():    # fail now, rather than hours later
+        images = images.to(device)    # if they fit in half of the free memory
+    say(f"{c.dataset}: {len(images)} images of {c.image_size}x{c.image_size} pixels, "
+        f"formulation {c.formulation}, {device.type}; checkpoint and pictures go to {run_dir}")
+    if device.type == "cpu" and c.unet_width > 64:
+        say("networks of this size may take weeks on a CPU; see --small, or lower --unet-width")
+    for leftover in run_dir.glob("model.*.tmp"):    # of a process that was killed
+        if time.time() - leftover.stat().st_mtime > 3600:
+            leftover.unlink()
+    if not state["modified"]:    # fail now, rather than hours later
         save_checkpoint(model, state)
-    if model.vae:
-        run_stage(model, state, "vae", train_vae(model, images, state), c.vae_batch, x)
-        if not model.mixture.fitted:
+
+    must_save = True    # the first checkpoint of a command and the last one must succeed
+    for stage, train_stage, total in stages:
+        for row in train_stage(model, images, state):
+            step, speed = row["step"], row["steps_per_s"]
+            say(f"{stage} {step}/{total}  loss {row['loss']:.4f}  {speed:.1f} steps/s  "
+                f"{(total - step) / speed / 60:.1f} min left", transient=step < total)
+            if step % c.save_every >= c.log_every and step < total:
+                continue    # until the first row past a multiple of save_every
+            try:
+                save_checkpoint(model, state)
+                must_save = False
+            except OSError as e:
+                if must_save or step == total:
+                    raise
+                say(f"{e}; trying again at the next checkpoint")
+            save_figure(run_dir / "curves.png", draw_curves, state["log"])
+            save_figure(run_dir / "progress" / f"{stage}_{step:06}.png",
+                        draw_progress, model, stage, x)
+        if stage == "vae" and not model.mixture.fitted:
             fit_prior(model, images)
             save_checkpoint(model, state)
-    if c.stage != "vae":
-        run_stage(model, state, "ddpm", train_ddpm(model, images, state), c.batch_size, x)
-
-def run_stage(model, state, stage, rows, batch_size, x):
-    """Train one stage by exhausting its rows; report progress, save checkpoints and pictures.
-
-    The progress pictures are of test images x [8, C, S, S]; None for no pictures.
-    """
-    c, step = model.config, state["steps"][stage]
-    total, run_dir = getattr(c, f"{stage}_steps"), Path(c.run_dir)
-    network = model.vae if stage == "vae" else model.unet
-    size = sum(p.numel() for p in network.parameters()) / 1e6
-    report(f"{stage}: {size:.2f} M parameters, batch size {batch_size}, step {step} of {total}")
-    clock = time.perf_counter()
-    for row in rows:
-        speed = (row["step"] - step) * batch_size / (time.perf_counter() - clock)
-        before = pictures_due(step, total, c.sample_every)
-        row["images_per_s"] = speed    # also in the log
-        step = row["step"]
-        left = (total - step) * batch_size / speed / 60
-        report(f"{stage} {step}/{total}  loss {row['loss']:.4f}  {speed:.0f} images/s  "
-               f"{left:.1f} min left", transient=step < total)
-        if x is not None and pictures_due(step, total, c.sample_every) > before:
-            draw_progress(model, stage, x, run_dir / "progress" / f"{stage}_{step:06}.png")
-        if step % c.save_every < c.log_every or step == total:    # first row past a multiple
-            save_checkpoint(model, state)
-            save_figure(draw_curves(state["log"]), run_dir / "curves.png")
-        clock = time.perf_counter()
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show the default of every option, and the docstring of this file as it is."""
 
 def build_parser(preset=None):
     """The argument parser, with the preset's values as defaults, or without any."""
@@ -1825,52 +1683,57 @@ def build_parser(preset=None):
 
     parser = argparse.ArgumentParser(
         usage="python diffusevae.py [--help] [--dataset NAME] [--OPTION VALUE ...]",
-        description=__doc__.split("\nBased")[0], allow_abbrev=False, add_help=False,
-        formatter_class=lambda prog: HelpFormatter(prog, max_help_position=30))
+        description=(__doc__ or "").split("\nBased")[0], allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30))
     parser.add_argument("-h", "--help", action="store_true", default=argparse.SUPPRESS,
                         help="show the options, with the defaults of the given --dataset")
     special = {bool: dict(action=argparse.BooleanOptionalAction), tuple: dict(type=integers)}
-    for group in (RunOptions, ModelOptions, TrainingOptions, SamplingOptions):
-        title = group.__name__.replace("Options", " options").lower()
-        section = parser.add_argument_group(title, group.__doc__)
-        for f in dataclasses.fields(group):
+    for group in (RunOptions, ModelOptions, TrainingOptions):
+        section = parser.add_argument_group(group.__name__, group.__doc__)
+        for f in fields(group):
             default = getattr(preset, f.name, argparse.SUPPRESS)
             if isinstance(default, tuple):
                 default = ",".join(map(str, default)) or "none"
             how = special.get(f.type, dict(type=f.type, choices=f.metadata["choices"]))
-            section.add_argument(flag(f.name), default=default, help=f.metadata["help"], **how)
+            action = section.add_argument(flag(f.name), default=default, **how)
+            action.help = f.metadata["help"] + " (default: %(default)s)"
     return parser
 
-def parse(argv=None):
+def parse(argv):
     """Command line -> dictionary of the options given. --help shows the values of the preset."""
-    given = vars(build_parser().parse_args(argv))
+    words = [f" {w}" if w[:1] == "-" and w[1:2].isdigit() else w for w in argv]    # -1e-4
+    given = vars(build_parser().parse_args(words))
     if given.pop("help", False):
         build_parser(Config.preset(**given)).print_help()
         sys.exit(0)
     return given
 
-def main(argv=None):
+def main(argv):
     """The command line -> exit code: 0, 2 for errors the user can fix, 130 after Ctrl-C."""
     try:
-        run(parse(argv))
+        model, state = open_run(parse(argv))
+        if model.config.stage != "sample":
+            train(model, state)
+        if model.config.stage in ("all", "sample"):    # not after --stage vae or ddpm
+            sample_images(model)
         return 0
     except KeyboardInterrupt:
         print("\nstopped; run the same command again: training continues from the last checkpoint, "
               "sampling starts over", file=sys.stderr)
         return 130
-    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+    except Exception as e:
         if out_of_memory(e):
-            reason = str(e).split("\n")[0]
             e = ("out of memory; lower --batch-size, --vae-batch or --sample-batch, or choose "
-                 f"smaller networks or images ({reason})")
-        elif isinstance(e, RuntimeError):    # a bug, or an error the user cannot fix
+                 f"smaller networks or images ({summary(e)})")
+        elif not isinstance(e, (ValueError, OSError)):    # a bug: show the traceback
             raise
-        if sys.stdout and sys.stdout.isatty():    # after a transient line
-            print()
-        print("diffusevae:", " ".join(str(e).split()), file=sys.stderr)
+        say("")    # ends a transient line
+        with suppress(OSError):
+            print("diffusevae:", " ".join(str(e).split()), file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):    # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")    # file names the terminal cannot show
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
