@@ -614,17 +614,16 @@ class GaussianMixture(nn.Module):
         return self
 
     def joint_log_prob(self, z):
-        """log(weight * density) of each component at points z [N, D] -> [N, K]."""
+        """log(weight * density) of each component at points z [N, D] -> [N, K], in nats.
+
+        Its logsumexp over the components is the log-density of the mixture.
+        """
         columns = []
         for weight, mean, L in zip(self.weights, self.means, self.scale_tril):
             white = torch.linalg.solve_triangular(L, (z - mean).T, upper=False)    # [D, N]
             log_det = L.diagonal().log().sum()
             columns.append(weight.log() - log_det - 0.5 * white.square().sum(0))
         return torch.stack(columns, dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
-
-    def log_prob(self, z):
-        """Log-density at points z [N, D] -> [N], in nats."""
-        return self.joint_log_prob(z).logsumexp(1)
 
     def sample(self, n, generator=None):
         """Sample n points [n, D]; see `randn` for `generator`.
@@ -938,11 +937,11 @@ class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
             setattr(self, f.name, value)    # a checkpoint cannot hold NumPy's types
         name, folder = self.dataset, None
         if name == "folder":
-            folder = Path(self.data_dir).expanduser().resolve()
+            folder = Path(os.path.expanduser(self.data_dir)).resolve()
             self.data_dir = str(folder)
             name = f"folder-{folder.name}-{zlib.crc32(os.fsencode(folder)):08x}"
         run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
-        self.run_dir = str(Path(run_dir).expanduser())
+        self.run_dir = os.path.expanduser(run_dir)
         if Path(self.run_dir).resolve() == folder:
             raise ValueError("--run-dir must differ from --data-dir, or samples would become "
                              "training images")
@@ -1144,7 +1143,7 @@ def find_images(folder):
                       and not os.path.exists(Path(root, name, "model.pt"))]
         for name in names:
             path = Path(root, name)
-            if name[0] != "." and path.suffix.lower() in suffixes:
+            if name[0] != "." and path.suffix.lower() in suffixes and os.path.isfile(path):
                 found.append(path.relative_to(folder))
     return sorted(found)
 
@@ -1413,9 +1412,9 @@ def save_checkpoint(model, state):
 
     try:
         write_atomically(path, write_model)
-    except OSError as e:
-        raise OSError(f"could not write {path} ({summary(e)}); the previous checkpoint is "
-                      "unchanged") from None
+    except (OSError, RuntimeError) as e:    # PyTorch replaces an OSError, its __context__
+        raise OSError(f"could not write {path} ({summary(e.__context__ or e)}); the previous "
+                      "checkpoint is unchanged") from None
     state["modified"] = modified(path)
     try_to_write(run_dir / "config.json", lambda p: p.write_text(
         json.dumps(options, indent=2), encoding="utf-8"))
@@ -1427,7 +1426,7 @@ def load_run(run_dir, trained=False):
     Raises ValueError if model.pt is missing, damaged or of another format, or if it must be
     `trained` and its U-Net is not.
     """
-    path = Path(run_dir, "model.pt").expanduser()
+    path = Path(os.path.expanduser(run_dir), "model.pt")
     if not path.exists():
         raise ValueError(f"no model.pt in {run_dir}; train first, or set --run-dir")
     try:
@@ -1515,8 +1514,9 @@ def draw_curves(log):
         ax.set(title=title, xlabel="training step")
         ax.legend(frameon=False)
         ax.minorticks_off()
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.tick_params(labelsize=8)
+        for axis, subs in ((ax.xaxis, (1, 3)), (ax.yaxis, (1, 2, 5))):
+            axis.set_major_locator(LogLocator(10, subs))
             axis.set_major_formatter("{x:g}")
         ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -1537,7 +1537,8 @@ def draw_latents(model, x):
     between = torch.lerp(z[0], z[1], torch.linspace(0, 1, len(x), device=x.device)[:, None])
     return draw_grid({"test image": x, **rows,
                       "interpolated z,\nVAE": model.vae.decode(between),
-                      "interpolated z,\nrefined": decode(between, noise[:1].expand_as(noise))})
+                      "interpolated z,\nrefined": decode(
+                          between, noise[:1].repeat(len(x), 1, 1, 1))})
 
 def sample_images(model):
     """Write samples.png: real, VAE and refined images. Batch size and number do not affect them.
@@ -1646,8 +1647,6 @@ def train(model, state):
         images = images.to(device)    # if they fit in half of the free memory
     say(f"{c.dataset}: {len(images)} images of {c.image_size}x{c.image_size} pixels, "
         f"formulation {c.formulation}, {device.type}; checkpoint and pictures go to {run_dir}")
-    if device.type == "cpu" and c.unet_width > 64:
-        say("networks of this size may take weeks on a CPU; see --small, or lower --unet-width")
     for leftover in run_dir.glob("model.*.tmp"):    # of a process that was killed
         if time.time() - leftover.stat().st_mtime > 3600:
             leftover.unlink()
