@@ -23,26 +23,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))    # where diffu
 from diffusevae import DiffuseVAE, generators, load_images, to_float, to_uint8
 
 # KID x 1000 after 2, 5, 10 and 50 sampling steps, from the table of RESULTS.md; one row for each
-# training run. The plain DDPM has equal total time and the better of two spacings.
+# training run. The plain DDPM has equal total time (CIFAR-10: equal steps).
 STEPS = (2, 5, 10, 50)
 KID = {
     "shapes": {
-        "VAE": [283],
-        "plain DDPM": [[585, 99, 35, 17], [474, 90, 37, 22], [556, 119, 45, 27]],
-        "z from N(0, I)": [[166, 71, 71, 77]],
-        "DiffuseVAE": [[104, 14, 15, 20], [120, 13, 12, 16], [130, 23, 22, 27]]},
+        "VAE": [344, 146, 364],
+        "plain DDPM": [[539, 67, 21, 13], [502, 80, 32, 21], [517, 76, 26, 18]],
+        "DiffuseVAE": [[98, 10, 10, 14], [123, 13, 13, 17], [116, 17, 17, 21]]},
     "MNIST": {
         "VAE": [134],
-        "plain DDPM": [[596, 189, 114, 79]],
-        "z from N(0, I)": [[222, 101, 76, 86]],
-        "DiffuseVAE": [[173, 58, 31, 32]]},
-    "CIFAR-10": {    # --small --precision bf16 --ddpm-steps 16000
+        "plain DDPM": [[552, 124, 81, 64]],
+        "DiffuseVAE": [[184, 61, 32, 26]]},
+    "CIFAR-10": {
         "VAE": [697],
-        "plain DDPM": [[931, 471, 235, 129]],
-        "z from N(0, I)": [[605, 276, 154, 112]],
-        "DiffuseVAE": [[594, 274, 152, 111]]}}
-LINES = {"VAE": ("gray", ":"), "plain DDPM": ("C0", "o-"), "DiffuseVAE": ("C2", "o-"),
-         "z from N(0, I)": ("C1", "o--")}    # dashed: on CIFAR-10 it covers DiffuseVAE
+        "plain DDPM": [[931, 404, 181, 125]],
+        "DiffuseVAE": [[594, 193, 113, 109]]}}
+LINES = {"VAE": ("gray", ":"), "plain DDPM": ("C0", "o-"), "DiffuseVAE": ("C2", "o-")}
 
 def load(run):
     return DiffuseVAE.load(run, "cpu")
