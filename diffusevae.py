@@ -556,7 +556,8 @@ class GaussianMixture(nn.Module):
 
     The codes of real images are not distributed as N(0, I). Samples from N(0, I) may fall where no
     image is encoded; samples from the mixture rarely do. Buffers: weights [K], means [K, D],
-    scale_tril [K, D, D] (Cholesky factors of the covariances), and `fitted`.
+    scale_tril [K, D, D] (Cholesky factors of the covariances), and `fitted`. One floor for all
+    variances: columns of z should have similar scales, as latent codes do.
     """
 
     def __init__(self, components, dim):
