@@ -61,8 +61,8 @@ class VAE(nn.Module):
             size //= 2
             widths.append(width * min(2 ** len(widths), 4))    # 64, 128, 256, 256, ...
         if size > 32:
-            raise ValueError(f"image_size {image_size} halves to {size}, above the limit of 32; "
-                             "use a multiple of a larger power of 2")
+            raise ValueError(f"halving image_size {image_size} ends at {size}, above the limit of "
+                             "32; use a multiple of a larger power of 2")
         down, c = [], channels
         for c_out in widths:    # 3 -> 64 -> 128 -> 256 channels
             down += [nn.Conv2d(c, c_out, 4, stride=2, padding=1), nn.SiLU()]
@@ -216,7 +216,7 @@ class GaussianDiffusion(nn.Module):
         self.alpha_bar = (1 - beta).cumprod(0)    # [T], always float64 on the CPU
         signal, std = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         if signal[-1] > 0.1:
-            raise ValueError(f"{signal[-1]:.2f} of the image is left in x_T (0.1 at most); use "
+            raise ValueError(f"{signal[-1]:.2f} of the image is left in x_T (limit 0.1); use "
                              "larger betas or more timesteps")
         self.register_buffer("sqrt_alpha_bar", signal.float(), persistent=False)
         self.register_buffer("sqrt_one_minus_alpha_bar", std.float(), persistent=False)
@@ -430,7 +430,7 @@ class UNet(nn.Module):
     def forward(self, x_t, t, x_hat=None, z=None):
         """x_t [B, C, S, S], t [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> like x_t."""
         if (x_hat is None) != (self.cond_channels == 0) or (z is None) != (self.embed_z is None):
-            raise ValueError("pass x_hat exactly if cond_channels > 0, and z exactly if z_dim > 0")
+            raise ValueError("pass x_hat if and only if cond_channels > 0, and z if z_dim > 0")
         emb = self.embed_t(timestep_embedding(t, self.width).to(x_t.dtype))
         if z is not None:
             emb = emb + self.embed_z(z)
@@ -840,7 +840,8 @@ def option(default, help, choices=None, range=(1, 1_000_000_000)):
 @dataclass
 class RunOptions:
     """What to do, where, and how to sample; set per command, not saved."""
-    stage: str = option("all", "vae: VAE only; ddpm: VAE and U-Net; all: both, then sample; sample",
+    stage: str = option("all",
+                        "vae: VAE only; ddpm: VAE, U-Net; all: and samples; sample: samples only",
                         choices=("all", "vae", "ddpm", "sample"))
     run_dir: str = option("", "folder of the checkpoint, the log and the pictures")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
@@ -851,11 +852,11 @@ class RunOptions:
     sample_batch: int = option(250, "batch size for sampling; does not affect the images")
     steps: int = option(50, "number of sampling steps, at most --timesteps")
     eta: float = option(0.0, "0: DDIM; 1: ancestral sampling (DDPM)", range=(0, 1))
-    order: int = option(2, "1: DDIM; 2: second order (DPM-Solver++ 2M); 1 if eta > 0",
+    order: int = option(2, "1: DDIM; 2: DPM-Solver++ 2M, second order; eta > 0 always uses 1",
                         choices=(1, 2))
     spacing: str = option("quad", "timesteps to visit; quad: densest at low noise",
                           choices=("uniform", "trailing", "quad"))
-    variance: str = option("small", "large: beta_t; needs eta 1 and steps = timesteps",
+    variance: str = option("small", "of fresh noise; large: beta_t, for eta 1 and all T steps",
                            choices=("small", "large"))
     prior: str = option("gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
                         choices=("gmm", "normal"))
@@ -863,12 +864,12 @@ class RunOptions:
 
 @dataclass
 class ModelOptions:
-    """Saved with a run, and fixed from its first command on."""
+    """Saved with a run, and fixed after its first command."""
     dataset: str = option("shapes", "shapes are generated; folder: your own images",
                           choices=("shapes", "mnist", "fashion_mnist", "cifar10", "folder"))
     small: bool = option(False, "cifar10, folder: use networks sized for a CPU")
     image_size: int = option(32, "height and width of the images", range=(8, 1024))
-    channels: int = option(3, "3: color; 1: gray, for mnist and folder", choices=(1, 3))
+    channels: int = option(3, "3: color; 1: gray (the MNISTs; folder takes either)", choices=(1, 3))
     formulation: str = option("1", "1: x_T ~ N(0, I); 2: x_T ~ N(x_hat, I); none: no VAE",
                               choices=("1", "2", "none"))
     z_dim: int = option(512, "size of the latent code")
@@ -881,7 +882,7 @@ class ModelOptions:
     unet_width: int = option(128, "base channels of the U-Net", range=(2, 4096))
     unet_mults: tuple = option((1, 2, 2, 2), "width multiplier per resolution, e.g. 1,2,2")
     res_blocks: int = option(2, "residual blocks per resolution")
-    attention: tuple = option((16,), "resolutions with self-attention (the middle has it too)")
+    attention: tuple = option((16,), "resolutions with self-attention, besides the middle block")
     heads: int = option(8, "attention heads; 0: no attention", range=(0, 1_000_000_000))
     dropout: float = option(0.1, "dropout in the U-Net", range=(0, 0.9))
     timesteps: int = option(1000, "number of diffusion timesteps, T", range=(2, 100_000))
@@ -900,14 +901,14 @@ class TrainingOptions:
     batch_size: int = option(128, "batch size of the U-Net")
     vae_lr: float = option(1e-3, "peak learning rate of the VAE (cosine decay)", range=(1e-9, 1e3))
     lr: float = option(2e-4, "peak learning rate of the U-Net (cosine decay)", range=(1e-9, 1e3))
-    warmup: int = option(1000, "warm-up steps, at most a tenth of all steps",
+    warmup: int = option(1000, "warm-up steps, capped at a tenth of all steps",
                         range=(0, 1_000_000_000))
     grad_clip: float = option(1.0, "maximum gradient norm of the U-Net; 0: no clipping",
                               range=(0, 1_000_000_000))
     ema: float = option(0.9999, "decay of the moving average of the U-Net's weights",
                         range=(0, 0.999999))
     hflip: bool = option(True, "flip half of the training images horizontally")
-    save_every: int = option(10_000, "training steps between checkpoints, rounded up to a log row")
+    save_every: int = option(10_000, "training steps between checkpoints (saved at log rows)")
     log_every: int = option(100, "training steps between log rows")
     seed: int = option(0, "random seed of weights, data order, noise and samples",
                        range=(0, 2**32 - 1))
@@ -1186,7 +1187,7 @@ def load_folder(folder, size, train, channels=3):
     if dark:
         say(f"{dark} images are nearly black; if they hold 12 bits in 16-bit files, rescale them")
     if bad:
-        say(f"skipped {len(bad)} images (damaged or unusable), among them {bad[:10]}")
+        say(f"skipped {len(bad)} images (damaged or unusable), including {bad[:10]}")
     if not labels:
         raise ValueError(f"--data-dir {folder} has no usable images for the {split} split; "
                          "add images")
@@ -1393,8 +1394,8 @@ def save_checkpoint(model, state):
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
     if modified(path) != state["modified"]:
-        raise ValueError(f"another process is training in {run_dir}: {path} has changed; run this "
-                         "command again to continue from it, or change --run-dir")
+        raise ValueError(f"another process is training in {run_dir}: it has written {path}; to "
+                         "continue from there, stop it first, or change --run-dir")
     if model.vae:    # the mixture may have been replaced
         options["gmm_components"] = len(model.mixture.weights)
     saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(),
@@ -1611,7 +1612,7 @@ def open_run(given):
                  for name, value in fixed if saved.get(name, value) != value]
     if conflicts:
         raise ValueError(f"options conflict with the saved run: {run_dir} has "
-                         f"{'; '.join(conflicts)}; remove them or change --run-dir")
+                         f"{'; '.join(conflicts)}; omit these options or change --run-dir")
     device = find_device(c.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

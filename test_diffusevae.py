@@ -2444,7 +2444,7 @@ def test_options_work(words):
 @pytest.mark.parametrize("words, named", (("--dataset lsun", "argument --dataset: invalid choice: 'lsun'"),
     ("--dataset folder --data-dir nowhere --attention none", "nowhere is not a folder"),
     ("--image-size 9", "image_size 9 must be divisible by 2"), ("--attention 5", "no 5x5 feature maps"),
-    ("--image-size 250", "image_size 250 halves to 125"), ("--heads 3", "heads must divide"),
+    ("--image-size 250", "halving image_size 250 ends at 125"), ("--heads 3", "heads must divide"),
     ("--steps 0", "--steps must be between 1 and 1000000000, got 0"),
     ("--steps -1", "must be between 1 and 1000000000, got -1"), ("--lr -1e-4", "--lr must be between 1e-09 and"),
     ("--lr=-1e-4", "--lr must be between 1e-09 and"), ("--unet-mults -1,2", "--unet-mults must be between 1"),

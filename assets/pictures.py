@@ -1,6 +1,6 @@
 """Draw the pictures of README.md and RESULTS.md; call it from the root of the repository.
 
-    python assets/pictures.py sampling runs/mnist runs/plain-mnist
+    python assets/pictures.py sampling runs/shapes runs/plain
     python assets/pictures.py samples runs/shapes runs/mnist runs/cifar10-small
     python assets/pictures.py steps runs/shapes runs/plain
     python assets/pictures.py edits runs/shapes
@@ -14,6 +14,7 @@ selected: samples are the first ones, test images are the first of their kind.
 import argparse, sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -73,14 +74,17 @@ def draw_panels(rows, titles):
         ax.set_title(title, fontsize=11)
     return fig
 
-def sampling(run, plain_run, steps=10, columns=3, rows=2):
-    """x_hat beside the predicted clean images of DiffuseVAE and a plain DDPM; frames of a GIF."""
+def sampling(run, plain_run, steps=5, columns=4, rows=2):
+    """x_hat beside the predicted clean images of DiffuseVAE and a plain DDPM; frames of a GIF.
+
+    The plain DDPM is sampled with order 2, which is better for it in five steps.
+    """
     model, plain, n = load(run), load(plain_run), columns * rows
     z = model.sample_prior(n, generators(0, "sample", range(n)))
     noise, x_hat = model.noise(n, generators(0, "noise", range(n))), model.vae.decode(z)
     ours = model.diffusion.trajectory(model.denoiser(x_hat, z), noise, steps)
-    theirs = plain.diffusion.trajectory(plain.denoiser(), noise, steps)
-    size, frames = 90 // x_hat.shape[3] * x_hat.shape[3], []    # pixels per image, enlarged
+    theirs = plain.diffusion.trajectory(plain.denoiser(), noise, steps, order=2)
+    size, frames = 66 // x_hat.shape[3] * x_hat.shape[3], []    # pixels per image, enlarged
     width, height, margin, font = columns * size, rows * size, 34, ImageFont.load_default(19)
     for k, ((_, _, x), (_, _, y)) in enumerate(zip(ours, theirs), 1):
         panels = {"VAE alone": x_hat, f"DiffuseVAE, step {k} of {steps}": x,
@@ -91,8 +95,9 @@ def sampling(run, plain_run, steps=10, columns=3, rows=2):
             ImageDraw.Draw(frame).text((left, 4), title, "black", font)
             picture = Image.fromarray(tile(images, columns, padding=0))
             frame.paste(picture.resize((width, height), Image.NEAREST), (left, margin))
-        frames.append(frame.quantize(64, dither=Image.Dither.NONE))
-    return frames
+        frames.append(frame)
+    palette = Image.fromarray(np.vstack(frames)).quantize(256, kmeans=3)    # one for all frames
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 def samples(*runs):
     """Real images, VAE samples and refined samples of each run: the first 18."""
@@ -230,7 +235,7 @@ if __name__ == "__main__":
     with torch.no_grad():
         drawn = commands[args.command](*args.runs)
     if args.command == "sampling":
-        times = [350] * (len(drawn) - 1) + [3500]    # ms: the last frame is held
+        times = [700] * (len(drawn) - 1) + [3500]    # ms: the last frame is held
         drawn[0].save(args.out / "sampling.gif", save_all=True, append_images=drawn[1:],
                       duration=times, loop=0)
     else:
