@@ -1101,7 +1101,7 @@ def paint_shapes(size, label, x, y, radius, hue, background, phase):
     distance = every[label, torch.arange(len(label))]
     wave = (2 * math.pi * (1.6 * (x + y) + phase)).sin()
     stripes = (3 * wave).clamp(-1, 1)[:, None]
-    image = paint(0.1 + 0.35 * color(background), torch.ones(()), distance)    # a white outline
+    image = paint(0.1 + 0.35 * color(background), 1, distance)    # a white outline
     fill = (0.25 + 0.75 * color(hue)) * (0.72 + 0.28 * stripes)
     image = paint(image, fill, distance + 0.14)
     return (image * 255).round().to(torch.uint8)
@@ -1199,7 +1199,7 @@ def load_images(config, split):
     The labels of a folder may be None. Raises ValueError for missing data and wrong channels.
     """
     c, name, train = config, config.dataset, split == "train"
-    size = [c.image_size, c.image_size]
+    size = [c.image_size] * 2
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, got {split!r}")
     if name == "shapes":
@@ -1497,8 +1497,8 @@ def draw_progress(model, stage, x):
     rows = {"test image": x, "VAE": model.vae.decode(z)} if model.vae else {}
     if stage == "ddpm":
         noise = model.noise(len(x), generators(model.config.seed, "progress", range(len(x))))
-        refined = model.refine(rows.get("VAE"), noise, z, eta=0.0, variance="small")
-        rows["refined" if model.vae else "DDPM"] = refined
+        rows["refined" if model.vae else "DDPM"] = model.refine(
+            rows.get("VAE"), noise, z, eta=0.0, variance="small")
     return draw_grid(rows)
 
 def draw_curves(log):
