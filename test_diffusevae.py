@@ -72,8 +72,8 @@ def shapes(n=8):
 
 def perturbed(net, scale=0.2):
     """The network with noise on every parameter, so that nothing is zero as it was initialized."""
-    with torch.no_grad():
-        for p in net.parameters():p.add_(scale * torch.randn_like(p))
+    for p in net.parameters():
+        p.data.add_(scale * torch.randn_like(p))
     return net
 
 def seeded(seed):
@@ -116,7 +116,8 @@ def command(*words, **options):
     words = " ".join(map(str, words)).split()
     named = {word[2:].split("=")[0].replace("-", "_") for word in words}
     options = {name: value for name, value in {**TINY, **options}.items() if name not in named}
-    try:return diffusevae.main(words + in_words(options))
+    try:
+        return diffusevae.main(words + in_words(options))
     except SystemExit as e:    # argparse's own way
         return e.code
 
@@ -139,7 +140,8 @@ def files(folder):
 
 def flat(value, name=""):
     """Every leaf of nested dictionaries and lists, by name."""
-    if isinstance(value, dict):return {k: v for key, x in value.items() for k, v in flat(x, f"{name}/{key}").items()}
+    if isinstance(value, dict):
+        return {k: v for key, x in value.items() for k, v in flat(x, f"{name}/{key}").items()}
     if isinstance(value, (list, tuple)) and not all(isinstance(v, int) for v in value):
         return {k: v for i, x in enumerate(value) for k, v in flat(x, f"{name}/{i}").items()}
     return {name: value}
@@ -190,7 +192,7 @@ def test_vae_keeps_logvar_within_20():
     vae, x = VAE(8, 3, 2, 2), images_in(4, 3, 8, 8)
     mu, logvar = vae.encode(x)
     assert torch.equal(vae.encoder(x), torch.cat([mu, logvar], dim=1))    # otherwise they are the encoder's output
-    with torch.no_grad():vae.encoder[-1].bias[2:] = torch.tensor([1000.0, -1000.0])
+    vae.encoder[-1].bias.data[2:] = torch.tensor([1000.0, -1000.0])
     mu, logvar = vae.encode(x)
     assert torch.equal(logvar, torch.tensor([[20.0, -20.0]]).expand(4, 2)) and vae.loss(x)[0].isfinite()
 
@@ -231,8 +233,8 @@ def test_linear_and_geometric_schedules(schedule, end, T):
 def test_cosine_schedule(T):
     """a_t = f(t) / f(0), f(t) = cos((t / T + 0.008) / 1.008 pi / 2)^2, betas at most 0.999 (2102.09672, eq. 17)."""
     f = [math.cos((t / T + 0.008) / 1.008 * math.pi / 2)**2 for t in range(T + 1)]
-    a, expected = 1.0, []
-    for before, after in zip(f, f[1:]):expected.append(a := a * (1 - min(0.999, 1 - after / before)))
+    a = 1.0
+    expected = [(a := a * (1 - min(0.999, 1 - after / before))) for before, after in zip(f, f[1:])]
     np.testing.assert_allclose(GaussianDiffusion(T, schedule="cosine").alpha_bar.numpy(), expected, rtol=1e-9)
 
 @pytest.mark.parametrize("schedule", ("linear", "cosine", "geometric"))
@@ -252,7 +254,7 @@ def test_timesteps_outside_the_range_are_errors(t):
     d, x = GaussianDiffusion(20, 0.01, 0.6, predict="v"), double(3, 2)
     for bad in (torch.full((3,), t), torch.tensor([0, t, 19])):
         for method in (d.q_sample, d.target, d.predict_x0):
-            with pytest.raises((IndexError, RuntimeError)):method(x, bad, x)
+            pytest.raises((IndexError, RuntimeError), method, x, bad, x)
 
 def test_q_sample_is_many_single_steps():
     """One jump to x_t has the moments of the chain x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) eps."""
@@ -325,7 +327,7 @@ def test_loss_of_any_network(predict, shift):
 def test_formulation_2_is_formulation_1_shifted():
     """With a network that sees x_t - shift, x_t and the means move by the shift, the clean image does not."""
     d, x0, noise, shift = GaussianDiffusion(50, 2e-3, 0.4), double(3, 4), double(3, 4), double(3, 4)
-    t, net = torch.tensor([0, 20, 49]), lambda x, t: wavy(x - shift, t)# (y + shift) - shift rounds; steps add that up
+    t, net = torch.tensor([0, 20, 49]), lambda x, t: wavy(x - shift, t)  # (y + shift) - shift rounds; steps add that up
     near = lambda a, b: torch.allclose(a, b, rtol=1e-9, atol=1e-10)
     plain = d.q_sample(x0, t, noise)
     assert near(d.q_sample(x0, t, noise, shift), plain + shift)
@@ -393,7 +395,7 @@ def test_large_variance_by_hand():
     """From t to t - 1, the fresh noise has standard deviation sqrt(beta_t); the mean is as with variance small."""
     d, noise = GaussianDiffusion(50, 2e-3, 0.4), double(4, 3)
     drawn = torch.randn(4, 3, dtype=torch.float64, generator=seeded(5))
-    first = [next(d.trajectory(wavy, noise, 50, 1.0, variance=v, generator=seeded(5)))[1]for v in ("small", "large")]
+    first = [next(d.trajectory(wavy, noise, 50, 1.0, variance=v, generator=seeded(5)))[1] for v in ("small", "large")]
     bar = np.cumprod(1 - np.linspace(2e-3, 0.4, 50))
     small, large = (0.4 * (1 - bar[48]) / (1 - bar[49]))**0.5, 0.4**0.5
     assert torch.allclose(first[0] - small * drawn, first[1] - large * drawn, atol=1e-12)
@@ -482,7 +484,7 @@ def test_randn_with_a_list_does_not_depend_on_the_batch():
     together, alone = sample(y, 1, 2, 3), torch.cat([sample(y[i:i + 1], i + 1) for i in range(3)])
     assert torch.allclose(together, alone, atol=1e-12)
     for count in (0, 1, 2, 4):
-        with pytest.raises(ValueError):randn((3, 2), like, each_seeded(*range(count)))
+        pytest.raises(ValueError, randn, (3, 2), like, each_seeded(*range(count)))
     assert randn((0, 2), like, []).shape == (0, 2) and randn((0, 2), like).shape == (0, 2)
 
 def test_generators_and_stream():
@@ -521,7 +523,8 @@ def test_timesteps_for_all_counts(T):
     ("schedule", lambda: GaussianDiffusion(schedule="sine")), ("predict", lambda: GaussianDiffusion(predict="x0"))))
 def test_diffusion_refuses(words, call):
     """Steps, spacings, betas and names that cannot work are ValueErrors that name the argument."""
-    with pytest.raises(ValueError, match=words):call()
+    with pytest.raises(ValueError, match=words):
+        call()
 
 @pytest.mark.parametrize("words, steps, options", (
     ("steps", 101, {}), ("spacing", 10, dict(spacing="even")), ("order must be 1 or 2, got 3", 10, dict(order=3)),
@@ -530,7 +533,8 @@ def test_diffusion_refuses(words, call):
     ("variance must be small", 100, dict(eta=1.0, variance="Large"))))
 def test_sampling_refuses(words, steps, options):
     """Options with which a sampler would go wrong are ValueErrors that name them."""
-    with pytest.raises(ValueError, match=words):GaussianDiffusion(100).sample(wavy, double(1, 1), steps, **options)
+    with pytest.raises(ValueError, match=words):
+        GaussianDiffusion(100).sample(wavy, double(1, 1), steps, **options)
 
 # ---- 3 U-Net -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size, channels, cond, options", (
@@ -612,7 +616,7 @@ def test_timestep_embedding():
     for dim in (2, 8, 9):
         rates = [10_000**(-i / (dim // 2)) for i in range(dim // 2)]
         expected = [[f(s * rate) for f in (math.cos, math.sin) for rate in rates] + [0] * (dim % 2)
-                    for s in t.tolist()]# angles up to 999 have 6e-8 of that as rounding, and the rates another
+                    for s in t.tolist()]  # angles up to 999 have 6e-8 of that as rounding, and the rates another
         got = diffusevae.timestep_embedding(t, dim).double()
         assert torch.allclose(got, torch.tensor(expected).double(), atol=3e-4)
 
