@@ -5,7 +5,7 @@
 """DiffuseVAE in one file: a VAE generates a blurry image; a conditional DDPM refines it.
 
     python diffusevae.py                              # built-in shapes: trains and samples on a CPU
-    python diffusevae.py --dataset cifar10            # the paper's setting, for one CUDA GPU
+    python diffusevae.py --dataset cifar10            # close to the paper, for one CUDA GPU
     python diffusevae.py --dataset cifar10 --small    # real photographs on two CPU cores
     python diffusevae.py --stage sample --num-samples 1000 --steps 10 --save-images
 
@@ -841,7 +841,7 @@ def option(default, help, choices=None, range=(1, 1_000_000_000)):
 class RunOptions:
     """What to do, where, and how to sample; set per command, not saved."""
     stage: str = option("all",
-                        "vae: VAE only; ddpm: VAE, U-Net; all: and samples; sample: samples only",
+                        "vae: VAE; ddpm: VAE, U-Net; all: VAE, U-Net, samples; sample: samples",
                         choices=("all", "vae", "ddpm", "sample"))
     run_dir: str = option("", "folder of the checkpoint, the log and the pictures")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
@@ -856,7 +856,7 @@ class RunOptions:
                         choices=(1, 2))
     spacing: str = option("quad", "timesteps to visit; quad: densest at low noise",
                           choices=("uniform", "trailing", "quad"))
-    variance: str = option("small", "of fresh noise; large: beta_t, for eta 1 and all T steps",
+    variance: str = option("small", "of the noise eta adds; large: beta_t, for eta 1, all T steps",
                            choices=("small", "large"))
     prior: str = option("gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
                         choices=("gmm", "normal"))
@@ -893,7 +893,7 @@ class ModelOptions:
 
 @dataclass
 class TrainingOptions:
-    """Saved with a run. A later command may change them."""
+    """Saved with a run. Later commands may change most of them."""
     data_dir: str = option("data", "where to download to, or the folder of your images")
     vae_steps: int = option(100_000, "training steps of the VAE", range=(0, 1_000_000_000))
     ddpm_steps: int = option(400_000, "training steps of the U-Net")
@@ -1394,8 +1394,8 @@ def save_checkpoint(model, state):
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
     if modified(path) != state["modified"]:
-        raise ValueError(f"another process is training in {run_dir}: it has written {path}; to "
-                         "continue from there, stop it first, or change --run-dir")
+        raise ValueError(f"another process is training in {run_dir}: it has written {path}; stop "
+                         "it to continue from there, or change --run-dir")
     if model.vae:    # the mixture may have been replaced
         options["gmm_components"] = len(model.mixture.weights)
     saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(),

@@ -130,7 +130,7 @@ def steps(run, plain_run):
     z = model.sample_prior(4, generators(0, "sample", range(4)))
     noise = model.noise(4, generators(0, "noise", range(4)))
     ours = [model.vae.decode(z), *(model.decode(z, noise, steps=n) for n in counts)]
-    theirs = [noise, *(plain.refine(None, noise, steps=n) for n in counts)]
+    theirs = [noise, *(plain.refine(None, noise, steps=n, order=2) for n in counts)]
     fig = Figure(figsize=(8.7, 3.3), layout="constrained")
     left, right = fig.subplots(1, 2)
     for ax, title, first, images in ((left, "DiffuseVAE", r"$\hat{x}$", ours),
@@ -208,7 +208,7 @@ def quality():
             color, style = LINES[name]
             runs = torch.tensor(runs, dtype=torch.float64).reshape(len(runs), -1)    # VAE: [1, 1]
             runs = runs.expand(-1, len(STEPS))
-            mean = runs.log().mean(0).exp()
+            mean = runs.mean(0)
             ax.plot(STEPS, mean, style, color=color, markersize=4)
             ax.fill_between(STEPS, runs.amin(0), runs.amax(0), color=color, alpha=0.25, linewidth=0)
             ends.append((mean[-1].item(), name, color))
