@@ -841,7 +841,7 @@ def option(default, help, choices=None, range=(1, 1_000_000_000)):
 class RunOptions:
     """What to do, where, and how to sample; set per command, not saved."""
     stage: str = option("all",
-                        "vae: VAE; ddpm: VAE, U-Net; all: VAE, U-Net, samples; sample: samples",
+                        "vae: train VAE; ddpm: then U-Net; all: then sample; sample: only that",
                         choices=("all", "vae", "ddpm", "sample"))
     run_dir: str = option("", "folder of the checkpoint, the log and the pictures")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
@@ -856,7 +856,7 @@ class RunOptions:
                         choices=(1, 2))
     spacing: str = option("quad", "timesteps to visit; quad: densest at low noise",
                           choices=("uniform", "trailing", "quad"))
-    variance: str = option("small", "of the noise eta adds; large: beta_t, for eta 1, all T steps",
+    variance: str = option("small", "of the noise eta adds; large: beta_t (eta 1, all T steps)",
                            choices=("small", "large"))
     prior: str = option("gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
                         choices=("gmm", "normal"))
@@ -901,7 +901,7 @@ class TrainingOptions:
     batch_size: int = option(128, "batch size of the U-Net")
     vae_lr: float = option(1e-3, "peak learning rate of the VAE (cosine decay)", range=(1e-9, 1e3))
     lr: float = option(2e-4, "peak learning rate of the U-Net (cosine decay)", range=(1e-9, 1e3))
-    warmup: int = option(1000, "warm-up steps, capped at a tenth of all steps",
+    warmup: int = option(1000, "learning-rate warm-up, at most a tenth of all steps",
                         range=(0, 1_000_000_000))
     grad_clip: float = option(1.0, "maximum gradient norm of the U-Net; 0: no clipping",
                               range=(0, 1_000_000_000))
