@@ -579,8 +579,8 @@ class GaussianMixture(nn.Module):
 
         Stops when an iteration raises the mean log-likelihood by less than `tolerance` nats per
         dimension of z. `history` lists the mean log-likelihood, in nats per point, after each
-        iteration. Covariances are computed in fp64. Raises ValueError for
-        fewer points than components, a wrong D, and values that are not finite.
+        iteration. Covariances are computed in fp64. Raises ValueError for fewer points than
+        components, a wrong D, and values that are not finite.
         """
         z = z.to(self.means)
         (N, D), (K, dim) = z.shape, self.means.shape

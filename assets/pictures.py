@@ -125,7 +125,7 @@ def edits(run):
     return draw_panels(rows, ("test image", "edited code, VAE", "edited code, refined"))
 
 def steps(run, plain_run):
-    """The same codes and noise in 1 to 50 sampling steps, beside a plain DDPM."""
+    """The same codes and noise in 1 to 50 sampling steps, beside a plain DDPM of order 2."""
     model, plain, counts = load(run), load(plain_run), (1, 2, 5, 10, 50)
     z = model.sample_prior(4, generators(0, "sample", range(4)))
     noise = model.noise(4, generators(0, "noise", range(4)))
