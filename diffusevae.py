@@ -4,7 +4,7 @@
 # ///
 """DiffuseVAE in one file: a VAE generates a blurry image; a conditional DDPM refines it.
 
-    python diffusevae.py                              # built-in shapes: trains and samples on a CPU
+    python diffusevae.py                              # built-in shapes, in minutes on two CPU cores
     python diffusevae.py --dataset cifar10            # close to the paper, for one CUDA GPU
     python diffusevae.py --dataset cifar10 --small    # real photographs on two CPU cores
     python diffusevae.py --stage sample --num-samples 1000 --steps 10 --save-images
@@ -61,8 +61,8 @@ class VAE(nn.Module):
             size //= 2
             widths.append(width * min(2 ** len(widths), 4))    # 64, 128, 256, 256, ...
         if size > 32:
-            raise ValueError(f"halving image_size {image_size} ends at {size}, above the limit of "
-                             "32; use a multiple of a larger power of 2")
+            raise ValueError(f"repeated halving of image_size {image_size} ends at {size}, an odd "
+                             "number above 32; use a multiple of a larger power of 2")
         down, c = [], channels
         for c_out in widths:    # 3 -> 64 -> 128 -> 256 channels
             down += [nn.Conv2d(c, c_out, 4, stride=2, padding=1), nn.SiLU()]
@@ -478,7 +478,7 @@ class Attention(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"heads must divide the {channels} channels of attention, got {heads}")
+            raise ValueError(f"heads must divide the {channels} attention channels, got {heads}")
         self.heads, self.norm = heads, GroupNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_module(nn.Conv2d(channels, channels, 1))
@@ -840,9 +840,9 @@ def option(default, help, choices=None, range=(1, 1_000_000_000)):
 @dataclass
 class RunOptions:
     """What to do, where, and how to sample; set per command, not saved."""
-    stage: str = option("all",
-                        "vae: train VAE; ddpm: then U-Net; all: then sample; sample: only that",
-                        choices=("all", "vae", "ddpm", "sample"))
+    stage: str = option(
+        "all", "vae: train the VAE; ddpm: and the U-Net; all: and sample; sample: only sample",
+        choices=("all", "vae", "ddpm", "sample"))
     run_dir: str = option("", "folder of the checkpoint, the log and the pictures")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
     precision: str = option("auto", "auto: bf16 (old GPUs: fp16) on CUDA, else fp32",
@@ -856,7 +856,7 @@ class RunOptions:
                         choices=(1, 2))
     spacing: str = option("quad", "timesteps to visit; quad: densest at low noise",
                           choices=("uniform", "trailing", "quad"))
-    variance: str = option("small", "of the noise eta adds; large: beta_t (eta 1, all T steps)",
+    variance: str = option("small", "noise variance; large: beta_t (needs eta 1 and all T steps)",
                            choices=("small", "large"))
     prior: str = option("gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
                         choices=("gmm", "normal"))
@@ -865,11 +865,11 @@ class RunOptions:
 @dataclass
 class ModelOptions:
     """Saved with a run, and fixed after its first command."""
-    dataset: str = option("shapes", "shapes are generated; folder: your own images",
+    dataset: str = option("shapes", "shapes: built in; folder: your own images",
                           choices=("shapes", "mnist", "fashion_mnist", "cifar10", "folder"))
     small: bool = option(False, "cifar10, folder: use networks sized for a CPU")
     image_size: int = option(32, "height and width of the images", range=(8, 1024))
-    channels: int = option(3, "3: color; 1: gray (the MNISTs; folder takes either)", choices=(1, 3))
+    channels: int = option(3, "3: color; 1: gray (both MNIST sets; folder: either)", choices=(1, 3))
     formulation: str = option("1", "1: x_T ~ N(0, I); 2: x_T ~ N(x_hat, I); none: no VAE",
                               choices=("1", "2", "none"))
     z_dim: int = option(512, "size of the latent code")
@@ -901,14 +901,14 @@ class TrainingOptions:
     batch_size: int = option(128, "batch size of the U-Net")
     vae_lr: float = option(1e-3, "peak learning rate of the VAE (cosine decay)", range=(1e-9, 1e3))
     lr: float = option(2e-4, "peak learning rate of the U-Net (cosine decay)", range=(1e-9, 1e3))
-    warmup: int = option(1000, "learning-rate warm-up, at most a tenth of all steps",
+    warmup: int = option(1000, "steps of learning-rate warm-up, at most a tenth of all",
                         range=(0, 1_000_000_000))
     grad_clip: float = option(1.0, "maximum gradient norm of the U-Net; 0: no clipping",
                               range=(0, 1_000_000_000))
     ema: float = option(0.9999, "decay of the moving average of the U-Net's weights",
                         range=(0, 0.999999))
     hflip: bool = option(True, "flip half of the training images horizontally")
-    save_every: int = option(10_000, "training steps between checkpoints (saved at log rows)")
+    save_every: int = option(10_000, "training steps between checkpoints (written at log rows)")
     log_every: int = option(100, "training steps between log rows")
     seed: int = option(0, "random seed of weights, data order, noise and samples",
                        range=(0, 2**32 - 1))
@@ -1394,8 +1394,8 @@ def save_checkpoint(model, state):
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
     if modified(path) != state["modified"]:
-        raise ValueError(f"another process is training in {run_dir}: it has written {path}; stop "
-                         "it to continue from there, or change --run-dir")
+        raise ValueError(f"another process training in {run_dir} has written {path}; stop it to "
+                         "continue from its checkpoint, or change --run-dir")
     if model.vae:    # the mixture may have been replaced
         options["gmm_components"] = len(model.mixture.weights)
     saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(),

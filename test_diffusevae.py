@@ -2078,14 +2078,14 @@ def test_a_second_training_in_the_same_folder(capsys, monkeypatch, stage, saved)
     after = {}
     monkeypatch.setattr(diffusevae, f"train_{stage}", interrupted)
     message = refusal(capsys, command("--run-dir r"))
-    assert message.startswith("diffusevae: another process is training in r") and files("r") == after
+    assert message.startswith("diffusevae: another process training in r") and files("r") == after
     assert torch.load("r/model.pt", weights_only=True)["steps"] == dict(vae=4, ddpm=4)
 
 def test_a_model_that_was_not_loaded_does_not_replace_a_checkpoint():
     """A checkpoint is replaced only by the process that saved or loaded it."""
     assert command("--run-dir r --stage vae") == 0
     before = files("r")
-    with pytest.raises(ValueError, match="another process is training in r"):
+    with pytest.raises(ValueError, match="another process training in r"):
         diffusevae.save_checkpoint(DiffuseVAE(tiny(run_dir="r")), new_state())
     assert files("r") == before
     model, state = diffusevae.load_run("r")
@@ -2448,7 +2448,7 @@ def test_options_work(words):
 @pytest.mark.parametrize("words, named", (("--dataset lsun", "argument --dataset: invalid choice: 'lsun'"),
     ("--dataset folder --data-dir nowhere --attention none", "nowhere is not a folder"),
     ("--image-size 9", "image_size 9 must be divisible by 2"), ("--attention 5", "no 5x5 feature maps"),
-    ("--image-size 250", "halving image_size 250 ends at 125"), ("--heads 3", "heads must divide"),
+    ("--image-size 250", "repeated halving of image_size 250 ends at 125"), ("--heads 3", "heads must divide"),
     ("--steps 0", "--steps must be between 1 and 1000000000, got 0"),
     ("--steps -1", "must be between 1 and 1000000000, got -1"), ("--lr -1e-4", "--lr must be between 1e-09 and"),
     ("--lr=-1e-4", "--lr must be between 1e-09 and"), ("--unet-mults -1,2", "--unet-mults must be between 1"),
