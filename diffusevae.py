@@ -216,8 +216,8 @@ class GaussianDiffusion(nn.Module):
         self.alpha_bar = (1 - beta).cumprod(0)    # [T], always float64 on the CPU
         signal, std = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
         if signal[-1] > 0.1:
-            raise ValueError(f"{signal[-1]:.2f} of the image is left in x_T (limit 0.1); use "
-                             "larger betas or more timesteps")
+            raise ValueError(f"{signal[-1]:.2f} of the image is left at the last timestep (limit "
+                             "0.1); use larger betas or more timesteps")
         self.register_buffer("sqrt_alpha_bar", signal.float(), persistent=False)
         self.register_buffer("sqrt_one_minus_alpha_bar", std.float(), persistent=False)
 
@@ -430,7 +430,7 @@ class UNet(nn.Module):
     def forward(self, x_t, t, x_hat=None, z=None):
         """x_t [B, C, S, S], t [B], x_hat [B, cond_channels, S, S], z [B, z_dim] -> like x_t."""
         if (x_hat is None) != (self.cond_channels == 0) or (z is None) != (self.embed_z is None):
-            raise ValueError("pass x_hat if and only if cond_channels > 0, and z if z_dim > 0")
+            raise ValueError("pass x_hat exactly when cond_channels > 0, and z when z_dim > 0")
         emb = self.embed_t(timestep_embedding(t, self.width).to(x_t.dtype))
         if z is not None:
             emb = emb + self.embed_z(z)
@@ -841,7 +841,7 @@ def option(default, help, choices=None, range=(1, 1_000_000_000)):
 class RunOptions:
     """What to do, where, and how to sample; set per command, not saved."""
     stage: str = option(
-        "all", "vae: train the VAE; ddpm: and the U-Net; all: and sample; sample: only sample",
+        "all", "vae: train the VAE; ddpm: VAE and U-Net; all: both, and sample; sample: only that",
         choices=("all", "vae", "ddpm", "sample"))
     run_dir: str = option("", "folder of the checkpoint, the log and the pictures")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
@@ -854,8 +854,9 @@ class RunOptions:
     eta: float = option(0.0, "0: DDIM; 1: ancestral sampling (DDPM)", range=(0, 1))
     order: int = option(2, "1: DDIM; 2: DPM-Solver++ 2M, second order; eta > 0 always uses 1",
                         choices=(1, 2))
-    spacing: str = option("quad", "timesteps to visit; quad: densest at low noise",
-                          choices=("uniform", "trailing", "quad"))
+    spacing: str = option(
+        "quad", "timesteps; uniform: even from 0; trailing: even to T-1; quad: densest near 0",
+        choices=("uniform", "trailing", "quad"))
     variance: str = option("small", "noise variance; large: beta_t (needs eta 1 and all T steps)",
                            choices=("small", "large"))
     prior: str = option("gmm", "prior of z; gmm: the fitted mixture; normal: N(0, I)",
@@ -869,8 +870,8 @@ class ModelOptions:
                           choices=("shapes", "mnist", "fashion_mnist", "cifar10", "folder"))
     small: bool = option(False, "cifar10, folder: use networks sized for a CPU")
     image_size: int = option(32, "height and width of the images", range=(8, 1024))
-    channels: int = option(3, "3: color; 1: gray (both MNIST sets; folder: either)", choices=(1, 3))
-    formulation: str = option("1", "1: x_T ~ N(0, I); 2: x_T ~ N(x_hat, I); none: no VAE",
+    channels: int = option(3, "3: color; 1: gray; folder takes either", choices=(1, 3))
+    formulation: str = option("1", "1: sample from N(0, I); 2: from N(x_hat, I); none: no VAE",
                               choices=("1", "2", "none"))
     z_dim: int = option(512, "size of the latent code")
     vae_width: int = option(64, "base channels of the VAE")
@@ -901,16 +902,16 @@ class TrainingOptions:
     batch_size: int = option(128, "batch size of the U-Net")
     vae_lr: float = option(1e-3, "peak learning rate of the VAE (cosine decay)", range=(1e-9, 1e3))
     lr: float = option(2e-4, "peak learning rate of the U-Net (cosine decay)", range=(1e-9, 1e3))
-    warmup: int = option(1000, "steps of learning-rate warm-up, at most a tenth of all",
+    warmup: int = option(1000, "learning-rate warm-up steps, at most a tenth of all steps",
                         range=(0, 1_000_000_000))
     grad_clip: float = option(1.0, "maximum gradient norm of the U-Net; 0: no clipping",
                               range=(0, 1_000_000_000))
     ema: float = option(0.9999, "decay of the moving average of the U-Net's weights",
                         range=(0, 0.999999))
     hflip: bool = option(True, "flip half of the training images horizontally")
-    save_every: int = option(10_000, "training steps between checkpoints (written at log rows)")
+    save_every: int = option(10_000, "training steps between checkpoints (saved with a log row)")
     log_every: int = option(100, "training steps between log rows")
-    seed: int = option(0, "random seed of weights, data order, noise and samples",
+    seed: int = option(0, "random seed for weights, data order, noise and samples",
                        range=(0, 2**32 - 1))
 
 @dataclass
@@ -1168,12 +1169,12 @@ def load_folder(folder, size, train, channels=3):
     classes = {name: k for k, name in enumerate(class_names(files))}
     stray = sum(len(path.parts) == 1 for path in files)    # images outside of subfolders
     if 0 < stray < len(files):
-        say(f"no labels, since {stray} of {len(files)} images are not in a subfolder of {folder}")
+        say(f"no labels: {stray} of {len(files)} images in {folder} not in a subfolder")
     rank = {path: zlib.crc32(path.as_posix().encode(errors="surrogateescape")) for path in files}
     limit = max(2**32 // 20, min(rank.values(), default=0))    # the test split gets an image
     files = sorted((path for path in files if (rank[path] > limit) == train), key=rank.get)
     split = "training" if train else "test"
-    say(f"reading {len(files)} {split} images in {folder}")
+    say(f"reading {split} images in {folder}: {len(files)}")
     images, labels, bad = np.empty((len(files), channels, *size), np.uint8), [], []
     with ThreadPoolExecutor() as pool:
         decode = partial(decode_image, size=size, channels=channels)
@@ -1185,9 +1186,9 @@ def load_folder(folder, size, train, channels=3):
             labels.append(classes[path.parts[0]])
     dark = np.sum(images[:len(labels)].max((1, 2, 3)) <= 16)    # of 255
     if dark:
-        say(f"{dark} images are nearly black; if they hold 12 bits in 16-bit files, rescale them")
+        say(f"nearly black images: {dark}; if they hold 12 bits in 16-bit files, rescale them")
     if bad:
-        say(f"skipped {len(bad)} images (damaged or unusable), including {bad[:10]}")
+        say(f"images skipped as damaged or unusable: {len(bad)}, including {bad[:10]}")
     if not labels:
         raise ValueError(f"--data-dir {folder} has no usable images for the {split} split; "
                          "add images")
@@ -1212,16 +1213,15 @@ def load_images(config, split):
         try:
             data = getattr(torchvision.datasets, kind)(c.data_dir, train=train, download=True)
         except (RuntimeError, OSError, ValueError) as e:
-            raise ValueError(f"could not download or read {name} in --data-dir {c.data_dir} ({e}); "
-                             "check the network, or delete damaged files there") from None
+            raise ValueError(f"cannot download or read {name} ({e}); check the network, or delete "
+                             f"damaged files in --data-dir {c.data_dir}") from None
         images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
         if images.dim() == 3:
             images = images[..., None]
         images = images.permute(0, 3, 1, 2)    # [N, H, W, C] -> [N, C, H, W]
         images = torchvision.transforms.functional.resize(images, size, antialias=True)
     if images.shape[1] != c.channels:
-        raise ValueError(f"{name} images have {images.shape[1]} channels, not {c.channels}; "
-                         f"use --channels {images.shape[1]}")
+        raise ValueError(f"{name} needs --channels {images.shape[1]}, not {c.channels}")
     return images.contiguous(), labels
 
 # --------------------------------------------------------------------------------------------------
