@@ -909,7 +909,7 @@ class TrainingOptions:
     ema: float = option(0.9999, "decay of the moving average of the U-Net's weights",
                         range=(0, 0.999999))
     hflip: bool = option(True, "flip half of the training images horizontally")
-    save_every: int = option(10_000, "training steps between checkpoints (saved with a log row)")
+    save_every: int = option(10_000, "training steps between checkpoints (made only at log rows)")
     log_every: int = option(100, "training steps between log rows")
     seed: int = option(0, "random seed for weights, data order, noise and samples",
                        range=(0, 2**32 - 1))
@@ -1570,7 +1570,7 @@ def sample_images(model):
         rows = {"real": real[:total], **rows}
     except ValueError as e:    # still show the samples
         real = ()
-        say(f"samples.png has no real images: {e}")
+        say(f"samples.png is drawn without real images: {e}")
     save_figure(run_dir / "samples.png", draw_grid, rows)
     if len(real) > 1 and model.vae:
         save_figure(run_dir / "latents.png", draw_latents, model, real[:8].to(model.device))

@@ -2309,7 +2309,7 @@ def test_samples_picture(figures, capsys, monkeypatch, formulation):
     figures.clear()
     assert reopen("r") == 0 and list(figures) == ["samples.png"]
     assert grid_of(figures["samples.png"], 8, 4)[1] == list(rows)[1:]
-    assert "samples.png has no real images: --data-dir gone" in capsys.readouterr().out
+    assert "samples.png is drawn without real images: --data-dir gone" in capsys.readouterr().out
 
 @pytest.mark.usefixtures("rendered")
 @pytest.mark.parametrize("formulation", ("1", "none"))

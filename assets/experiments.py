@@ -57,8 +57,8 @@ def x_hats(model, n):
     return in_batches(lambda i: model.vae.decode(z[i]), n)
 
 def losses(args):
-    """The losses at a tenth, at half and at the end of each stage; means of three log rows."""
-    header("run", "stage", "", "at a tenth", "at half", "at the end")
+    """The losses at 10%, 50% and 100% of each stage: means of the last three log rows up to there."""
+    header("run", "stage", "", "at 10%", "at 50%", "at 100%")
     for run in args.runs:
         _, state = load_run(run)
         for stage, name in (("vae", "loss"), ("vae", "recon"), ("vae", "kl"), ("ddpm", "loss")):
@@ -106,7 +106,7 @@ def noise(args):
     damaged = {
         "none": clean,
         **{f"Gaussian noise, {std}": clean + std * e for std in (0.1, 0.2, 0.4)},
-        "salt and pepper, 5 %": clean.where(u < 0.95, torch.where(u < 0.975, -1.0, 1.0)),
+        "salt and pepper, 5%": clean.where(u < 0.95, torch.where(u < 0.975, -1.0, 1.0)),
         "pixelated, 2x2": F.interpolate(F.avg_pool2d(clean, 2), scale_factor=2),
         "blurred, 3x3": gaussian_blur(clean, 3)}
     for other, run in zip(others, args.runs[1:]):
