@@ -535,7 +535,7 @@ def zero_module(module):
 # 4 Mixture: a density fitted to the latent codes, the prior to sample from
 # --------------------------------------------------------------------------------------------------
 def k_means(z, k, generator=None):
-    """Points z [N, D] -> one-hot assignments [N, k]: greedy k-means++, then 20 updates."""
+    """Points z [N, D] -> one-hot assignments [N, k]: greedy k-means++, then 20 rounds."""
     centers = z[:0]    # [number found so far, D]
     gap = torch.full_like(z[:, 0], 1e30)    # squared distance to the nearest center, [N]
     for _ in range(k):    # sample ten points in proportion to gap; keep the best
@@ -693,7 +693,7 @@ class DiffuseVAE(nn.Module):
 
     @staticmethod
     def load(run_dir, device="auto"):
-        """The trained model in a run folder; ValueError if there is none or it is damaged."""
+        """The trained model in a run folder. ValueErrors: those of `load_run` and `find_device`."""
         model, _ = load_run(run_dir, trained=True)
         device = find_device(device)
         return model.to(device, memory_format=layout(device))
@@ -928,7 +928,7 @@ class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
             numbers = given if kind is tuple else [given] if kind in (int, float) else []
             low, high = f.metadata["range"]
             rule = ""
-            if choices and given not in choices:
+            if choices and kind(given) not in choices:
                 rule = f"one of {', '.join(map(str, choices))}"
             elif not all(low <= number <= high for number in numbers):
                 rule = f"between {low} and {high}"
@@ -945,9 +945,9 @@ class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
             name = f"folder-{folder.name}-{zlib.crc32(os.fsencode(folder)):08x}"
         run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
         self.run_dir = os.path.expanduser(run_dir)
-        if Path(self.run_dir).resolve() == folder:
-            raise ValueError("--run-dir must differ from --data-dir, or samples would become "
-                             "training images")
+        if folder in [Path(self.run_dir, sub).resolve() for sub in ("", "samples", "vae_samples")]:
+            raise ValueError("--data-dir must not be the --run-dir or its folder of samples, which "
+                             "would replace your images")
 
     @classmethod
     def preset(cls, dataset="shapes", **options):
@@ -1054,7 +1054,8 @@ def out_of_memory(e):
     """Whether an exception says that memory ran out."""
     words = ("of memory", "allocate memory", "enough memory", "Invalid buffer size",
              "size calculation overflowed")
-    return isinstance(e, MemoryError) or any(w in str(e) for w in words)
+    return (isinstance(e, MemoryError)
+            or isinstance(e, RuntimeError) and any(w in str(e) for w in words))
 
 # --------------------------------------------------------------------------------------------------
 # 7 Data: each dataset is one uint8 tensor; making a batch is indexing and scaling it
@@ -1083,7 +1084,7 @@ def draw_shapes(n, size, seed):
     chunks = zip(*(f.split(500) for f in (label, *factors)))
     return torch.cat([paint_shapes(size, *chunk) for chunk in chunks]), label
 
-def paint_shapes(size, label, x, y, radius, hue, background, phase):
+def paint_shapes(size, label, center_x, center_y, radius, hue, background, phase):
     """The images of `draw_shapes` from labels [n] and factors, each [n, 1, 1]."""
     def color(hue):    # [n, 1, 1] -> [n, 3, 1, 1] in [0, 1]
         turn = hue[:, None] + torch.arange(3).view(3, 1, 1) / 3
@@ -1094,7 +1095,7 @@ def paint_shapes(size, label, x, y, radius, hue, background, phase):
         return image * (1 - alpha) + layer * alpha
 
     axis = (torch.arange(size) + 0.5) / size * 2 - 1    # pixel centers in [-1, 1]
-    x, y = axis.view(1, 1, -1) - x, axis.view(1, -1, 1) - y    # relative to the center of the shape
+    x, y = axis.view(1, 1, -1) - center_x, axis.view(1, -1, 1) - center_y
     circle = (x**2 + y**2).sqrt() - radius
     square = torch.maximum(x.abs(), y.abs()) - 0.85 * radius
     triangle = torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.55 * radius
@@ -1142,7 +1143,7 @@ def find_images(folder):
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in sorted(folders) if name[0] not in ".@"
+        folders[:] = [name for name in sorted(folders) if not name.startswith((".", "@eaDir"))
                       and not os.path.exists(Path(root, name, "model.pt"))]
         for name in names:
             path = Path(root, name)
@@ -1160,19 +1161,19 @@ def load_folder(folder, size, train, channels=3):
 
     Labels are the first-level subfolders, if every image is in one; `class_names` of the folder's
     `find_images` returns their names. A hash of the path orders the images, mixing the classes, and
-    puts about one image in twenty in the test split, so adding images does not reassign the others.
-    Raises ValueError if the split has no usable image.
+    puts about one in twenty, and at least one, in the test split. Adding images does not reassign
+    the others, unless that was the only one. Raises ValueError if the split has no usable image.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"--data-dir {folder} is not a folder; give a folder of images")
     files = find_images(folder)
-    classes = {name: k for k, name in enumerate(class_names(files))}
+    classes = class_names(files)
     stray = sum(len(path.parts) == 1 for path in files)    # images outside of subfolders
     if 0 < stray < len(files):
         say(f"no labels: {stray} of {len(files)} images in {folder} not in a subfolder")
-    rank = {path: zlib.crc32(path.as_posix().encode(errors="surrogateescape")) for path in files}
-    limit = max(2**32 // 20, min(rank.values(), default=0))    # the test split gets an image
-    files = sorted((path for path in files if (rank[path] > limit) == train), key=rank.get)
+    hashes = {path: zlib.crc32(path.as_posix().encode(errors="surrogateescape")) for path in files}
+    limit = max(2**32 // 20, min(hashes.values(), default=0))    # the test split gets an image
+    files = sorted((path for path in files if (hashes[path] > limit) == train), key=hashes.get)
     split = "training" if train else "test"
     say(f"reading {split} images in {folder}: {len(files)}")
     images, labels, bad = np.empty((len(files), channels, *size), np.uint8), [], []
@@ -1183,7 +1184,7 @@ def load_folder(folder, size, train, channels=3):
                 bad.append(str(path))
                 continue
             images[len(labels)] = image
-            labels.append(classes[path.parts[0]])
+            labels.append(classes.index(path.parts[0]))
     dark = np.sum(images[:len(labels)].max((1, 2, 3)) <= 16)    # of 255
     if dark:
         say(f"nearly black images: {dark}; if they hold 12 bits in 16-bit files, rescale them")
@@ -1239,9 +1240,10 @@ def new_state():
 def train_vae(model, images, state):
     """Stage 1: train model.vae on uint8 images [N, C, S, S]; a generator of log rows.
 
-    Whenever it yields, every `log_every` steps, `model` and `state` hold all that is needed to
-    resume. Each step seeds PyTorch's global generator from the seed and the step, so on a CPU
-    a resumed run equals an uninterrupted one. ValueError if the loss or a parameter is not finite.
+    Whenever it yields, every `log_every` steps and at the end, `model` and `state` hold all that is
+    needed to resume. Each step seeds PyTorch's global generator from the seed and the step, so a
+    resumed run on a CPU equals an uninterrupted one. Raises ValueError if the loss or a parameter
+    is not finite.
     """
     model.require_vae()
     c, vae, device = model.config, model.vae, model.device
@@ -1377,7 +1379,7 @@ def lr_at(step, total, peak, warmup):
 def fit_prior(model, images, components=None):
     """Fit a new model.mixture to z ~ q(z|x) of up to 50,000 uint8 images [N, C, S, S]."""
     c, g = model.config, torch.Generator().manual_seed(model.config.seed)
-    batches = (to_float(x.to(model.device)) for x in images[:50_000].split(500))
+    batches = (to_float(x.to(model.device)) for x in images[:50_000].split(c.vae_batch))
     z = torch.cat([model.encode(x, sample=True, generator=g) for x in batches])
     mixture = GaussianMixture(components or c.gmm_components, c.z_dim).to(model.device)
     model.mixture = mixture.fit(z, generator=g)
@@ -1389,12 +1391,12 @@ def modified(path):
 def save_checkpoint(model, state):
     """Write model.pt atomically, then config.json and log.csv for people to read.
 
-    Raises OSError if model.pt cannot be written, ValueError if another process has written it.
+    Raises OSError if model.pt cannot be written, ValueError if another process or run wrote it.
     """
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
     if modified(path) != state["modified"]:
-        raise ValueError(f"another process training in {run_dir} has written {path}; stop it to "
+        raise ValueError(f"{path} was written by another process or run; stop that process to "
                          "continue from its checkpoint, or change --run-dir")
     if model.vae:    # the mixture may have been replaced
         options["gmm_components"] = len(model.mixture.weights)
@@ -1556,7 +1558,7 @@ def sample_images(model):
         g = generators(c.seed, "sample", indices)
         both = [x for x in model.sample_both(len(g), g) if x is not None]    # x_hat and x
         if c.save_images:
-            for folder, x in zip(("samples", "vae_samples"), both[::-1]):
+            for folder, x in zip(("samples", "vae_samples"), both[::-1]):    # x is first now
                 save_pngs(run_dir / folder, indices, x)
         if start < 64:
             shown.append(torch.stack(both))    # [1 or 2, B, C, S, S]
@@ -1633,8 +1635,8 @@ def train(model, state):
         stages.append(("vae", train_vae, c.vae_steps))
     if c.stage != "vae":
         stages.append(("ddpm", train_ddpm, c.ddpm_steps))
-    fitted = not model.vae or model.mixture.fitted
-    if fitted and all(steps[stage] >= total for stage, _, total in stages):
+    if (all(steps[stage] >= total for stage, _, total in stages)
+            and (not model.vae or model.mixture.fitted)):
         say(f"training in {run_dir} is complete")
         return
     if model.vae and steps["ddpm"] > 0 and steps["vae"] < c.vae_steps:
@@ -1703,7 +1705,7 @@ def build_parser(preset=None):
 
 def parse(argv):
     """Command line -> dictionary of the options given. --help shows the values of the preset."""
-    words = [f" {w}" if w[:1] == "-" and w[1:2].isdigit() else w for w in argv]    # -1e-4
+    words = [f" {w}" if w[:1] == "-" and w[1:2].isdigit() else w for w in argv]    # not an option
     given = vars(build_parser().parse_args(words))
     if given.pop("help", False):
         build_parser(Config.preset(**given)).print_help()

@@ -1038,8 +1038,7 @@ def test_steps_copy_nothing_but_noise(formulation):
         net, shift = model.denoiser(x_hat, z), model.shift(x_hat)
         model.diffusion.denoise(net, x, 5, shift)
         four = each_seeded(0, 1, 2, 3)
-        for eta, generator, expected in ((1.0, None, 0), (0.0, four, 0), (1.0, four, 3),
-                                         (1.0, torch.Generator(), 3)):
+        for eta, generator, expected in ((1.0, None, 0), (0.0, four, 0), (1.0, four, 3), (1.0, torch.Generator(), 3)):
             copies.count = 0
             model.diffusion.sample(net, x, 4, eta=eta, shift=shift, generator=generator)
             assert copies.count == expected    # the last of four steps has no noise
@@ -1100,7 +1099,7 @@ def test_every_option_at_its_edges():
     ("formulation", np.str_("2"), "2"), ("order", np.int64(1), 1), ("run_dir", Path("r"), "r"),
     ("unet_mults", np.array([1, 2]), (1, 2)), ("unet_mults", [1, 2.0], (1, 2)),
     ("attention", (np.int32(8), torch.tensor(4)), (8, 4)), ("attention", (), ()), ("z_dim", 2.5, None),
-    ("unet_mults", (1, 2.5), None), ("order", 1.5, None)))
+    ("unet_mults", (1, 2.5), None), ("order", 1.5, None), ("formulation", 2, "2")))
 def test_values_are_converted(name, given, expected):
     """Values take the type of their option, since a checkpoint cannot hold NumPy's types; fractions are refused."""
     if expected is None:    # a fraction
@@ -1399,11 +1398,11 @@ def test_captions_are_left_out(tmp_path, capsys):
 def test_folders_that_hold_no_images_of_their_own(tmp_path):
     """Hidden folders, thumbnails and runs are left out, linked folders are read once, and cycles of links end."""
     for i, name in enumerate(("a/0.png", "a/deep/1.png", "b/2.png", ".trash/3.png", "b/.cache/4.png",
-                              "a/@eaDir/5.png", "run/samples/6.png", "b/run/7.png", "@eaDir/8.png")):
+                              "a/@eaDir/5.png", "run/samples/6.png", "b/run/7.png", "@eaDir/8.png", "@ann/9.png")):
         gray_image(tmp_path / "photos" / name, i)
     for run in ("run", "b/run"):
         (tmp_path / "photos" / run / "model.pt").touch()
-    gray_image(tmp_path / "elsewhere" / "9.png", 9)
+    gray_image(tmp_path / "elsewhere" / "10.png", 10)
     (tmp_path / "photos" / "b" / "once").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "b" / "twice").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "a" / "up").symlink_to(tmp_path / "photos")
@@ -1411,8 +1410,8 @@ def test_folders_that_hold_no_images_of_their_own(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     for root in ("photos", "link"):
         found = [path.as_posix() for path in diffusevae.find_images(str(tmp_path / root))]
-        assert found == ["a/0.png", "a/deep/1.png", "b/2.png", "b/once/9.png"]
-        assert sorted(sum((grays(tmp_path / root, split)[0] for split in ("train", "test")), [])) == [0, 1, 2, 9]
+        assert found == ["@ann/9.png", "a/0.png", "a/deep/1.png", "b/2.png", "b/once/10.png"]
+        assert sorted(sum((grays(tmp_path / root, split)[0] for split in ("train", "test")), [])) == [0, 1, 2, 9, 10]
 
 def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
     """A folder that may not be read, such as lost+found, is left out."""
@@ -1771,9 +1770,11 @@ def test_the_prior_is_fitted_where_the_model_is(monkeypatch):
         return self if z.is_meta else fit(self, z, **options)
     monkeypatch.setattr(GaussianMixture, "fit", watched)
     for device, components in itertools.product(("cpu", "meta"), (None, 5)):
-        model = DiffuseVAE(tiny()).to(device)
+        model, sizes = DiffuseVAE(tiny()).to(device), []
+        model.vae.encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
         diffusevae.fit_prior(model, shapes(), components)
         assert seen.pop() == (device, device, 8, components or 3) and model.mixture.means.device.type == device
+        assert sizes == [4, 4]    # batches as in training, which fit into the memory
     with pytest.raises(ValueError, match="9 gmm_components"):
         diffusevae.fit_prior(DiffuseVAE(tiny()), shapes(), 9)
 
@@ -1837,8 +1838,7 @@ def as_on_cuda(monkeypatch, compile):
     real, batch = diffusevae.compiled, diffusevae.random_batch
     cuda = torch.device("cuda")
     monkeypatch.setattr(diffusevae, "compiled", lambda loss, c, images, n, device: real(loss, c, images, n, cuda))
-    monkeypatch.setattr(diffusevae, "random_batch",
-                        lambda images, n, hflip, _: batch(images, n, hflip, images.device))
+    monkeypatch.setattr(diffusevae, "random_batch", lambda images, n, hflip, _: batch(images, n, hflip, images.device))
     monkeypatch.setattr(torch, "compile", compile)
 
 def test_compiled_steps_are_one_graph(monkeypatch):
@@ -2078,14 +2078,14 @@ def test_a_second_training_in_the_same_folder(capsys, monkeypatch, stage, saved)
     after = {}
     monkeypatch.setattr(diffusevae, f"train_{stage}", interrupted)
     message = refusal(capsys, command("--run-dir r"))
-    assert message.startswith("diffusevae: another process training in r") and files("r") == after
+    assert message.startswith("diffusevae: r/model.pt was written by another process") and files("r") == after
     assert torch.load("r/model.pt", weights_only=True)["steps"] == dict(vae=4, ddpm=4)
 
 def test_a_model_that_was_not_loaded_does_not_replace_a_checkpoint():
     """A checkpoint is replaced only by the process that saved or loaded it."""
     assert command("--run-dir r --stage vae") == 0
     before = files("r")
-    with pytest.raises(ValueError, match="another process training in r"):
+    with pytest.raises(ValueError, match="r/model.pt was written by another process or run"):
         diffusevae.save_checkpoint(DiffuseVAE(tiny(run_dir="r")), new_state())
     assert files("r") == before
     model, state = diffusevae.load_run("r")
@@ -2531,7 +2531,7 @@ def test_moved_folders_of_images(capsys):
     assert diffusevae.load_run(run)[0].config.data_dir == str(Path("a/lions").resolve())
 
 def test_home_is_expanded(capsys, monkeypatch):
-    """~ is the home folder in --data-dir and --run-dir; a run in the very folder of the images is refused."""
+    """~ is the home folder in --data-dir and --run-dir; a run that would write into the images' folder is refused."""
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(Path("home").resolve()))
     photos("home/cats")
@@ -2539,9 +2539,9 @@ def test_home_is_expanded(capsys, monkeypatch):
     assert Path("home/r/model.pt").exists() and sorted(os.listdir()) == ["home"]
     assert diffusevae.load_run("home/r")[0].config.data_dir == str(Path("home/cats").resolve())
     assert reopen("~/r", "--stage vae") == 0
-    for same in ("~/cats", "home/cats", "home/r/../cats"):
-        message = refusal(capsys, command(FOLDER, "~/cats --run-dir", same))
-        assert "--run-dir must differ from --data-dir" in message
+    for data, run in (("~/cats", "~/cats"), ("~/cats", "home/cats"), ("~/cats", "home/r/../cats"),
+                      ("~/r/samples", "home/r"), ("home/r/vae_samples", "~/r")):
+        assert "--data-dir must not be the --run-dir" in refusal(capsys, command(FOLDER, data, "--run-dir", run))
     assert len(files("home/cats")) == 30
 
 def test_random_command_lines(capsys):
@@ -2574,7 +2574,7 @@ def test_random_command_lines(capsys):
 @pytest.mark.parametrize("error, bug", (
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), False), (RuntimeError("can't allocate memory"), False),
     (RuntimeError("Invalid buffer size: 19.45 GB"), False), (MemoryError(), False), (RuntimeError("a bug"), True),
-    (TypeError("a bug"), True)))    # the third is of MPS
+    (TypeError("of memory: a bug"), True)))    # the third is of MPS
 def test_lack_of_memory_is_one_sentence(capsys, monkeypatch, error, bug):
     """Out of memory on CUDA, the CPU or MPS, the options to lower are named; other errors are not hidden."""
     assert command("--run-dir r") == 0
