@@ -945,9 +945,9 @@ class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
             name = f"folder-{folder.name}-{zlib.crc32(os.fsencode(folder)):08x}"
         run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
         self.run_dir = os.path.expanduser(run_dir)
-        if folder in [Path(self.run_dir, sub).resolve() for sub in ("", "samples", "vae_samples")]:
-            raise ValueError("--data-dir must not be the --run-dir or its folder of samples, which "
-                             "would replace your images")
+        if Path(self.run_dir).resolve() == folder:
+            raise ValueError("--run-dir must differ from --data-dir, or samples would become "
+                             "training images")
 
     @classmethod
     def preset(cls, dataset="shapes", **options):
@@ -1052,10 +1052,9 @@ def summary(e):
 
 def out_of_memory(e):
     """Whether an exception says that memory ran out."""
-    words = ("of memory", "allocate memory", "enough memory", "Invalid buffer size",
+    words = ("MemoryError", "of memory", "allocate memory", "enough memory", "Invalid buffer size",
              "size calculation overflowed")
-    return (isinstance(e, MemoryError)
-            or isinstance(e, RuntimeError) and any(w in str(e) for w in words))
+    return isinstance(e, (MemoryError, RuntimeError)) and any(w in repr(e) for w in words)
 
 # --------------------------------------------------------------------------------------------------
 # 7 Data: each dataset is one uint8 tensor; making a batch is indexing and scaling it
@@ -1063,7 +1062,7 @@ def out_of_memory(e):
 def to_float(images):
     """uint8 [N, C, S, S] in 0..255 -> float32 in [-1, 1]. Raises ValueError for other types."""
     if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8 in 0..255, got {images.dtype}")
+        raise ValueError(f"images must be a tensor of torch.uint8, got {images.dtype}")
     return images.float() / 127.5 - 1
 
 def to_uint8(x):
@@ -1213,7 +1212,7 @@ def load_images(config, split):
         kind = dict(mnist="MNIST", fashion_mnist="FashionMNIST", cifar10="CIFAR10")[name]
         try:
             data = getattr(torchvision.datasets, kind)(c.data_dir, train=train, download=True)
-        except (RuntimeError, OSError, ValueError) as e:
+        except (RuntimeError, OSError, ValueError, AssertionError) as e:
             raise ValueError(f"cannot download or read {name} ({e}); check the network, or delete "
                              f"damaged files in --data-dir {c.data_dir}") from None
         images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
@@ -1570,7 +1569,7 @@ def sample_images(model):
     try:
         real = to_float(load_images(c, "test")[0][:64])
         rows = {"real": real[:total], **rows}
-    except ValueError as e:    # still show the samples
+    except (ValueError, OSError) as e:    # still show the samples
         real = ()
         say(f"samples.png is drawn without real images: {e}")
     save_figure(run_dir / "samples.png", draw_grid, rows)
@@ -1609,9 +1608,9 @@ def open_run(given):
         model, state = load_run(run_dir, trained=sampling)
         saved = model.config.group(ModelOptions, TrainingOptions)
     c = Config.preset(**{**saved, **given, "run_dir": run_dir})
-    fixed = c.group(ModelOptions).items()
     conflicts = [f"{flag(name)} {saved[name]}, not {value}"
-                 for name, value in fixed if saved.get(name, value) != value]
+                 for name, value in c.group(ModelOptions).items()
+                 if saved.get(name, value) != value]
     if conflicts:
         raise ValueError(f"options conflict with the saved run: {run_dir} has "
                          f"{'; '.join(conflicts)}; omit these options or change --run-dir")
@@ -1655,6 +1654,9 @@ def train(model, state):
         if time.time() - leftover.stat().st_mtime > 3600:
             leftover.unlink()
     if not state["modified"]:    # fail now, rather than hours later
+        if any(run_dir.glob("*samples")):    # a user's images, or those of another model
+            raise ValueError(f"{run_dir} has a folder of samples but no model.pt; move the folder "
+                             "or change --run-dir")
         save_checkpoint(model, state)
 
     must_save = True    # the first checkpoint of a command and the last one must succeed
@@ -1728,7 +1730,7 @@ def main(argv):
     except Exception as e:
         if out_of_memory(e):
             e = ("out of memory; lower --batch-size, --vae-batch or --sample-batch, or choose "
-                 f"smaller networks or images ({summary(e)})")
+                 f"smaller networks or images in a new --run-dir ({summary(e)})")
         elif not isinstance(e, (ValueError, OSError)):    # a bug: show the traceback
             raise
         say("")    # ends a transient line
