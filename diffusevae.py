@@ -968,7 +968,7 @@ class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
         return {f.name: getattr(self, f.name) for group in groups for f in fields(group)}
 
 # For a CPU: v-prediction, the cosine schedule and high learning rates give clean samples after some
-# thousand training steps. On two cores, `shapes` trains in minutes, `mnist` in about ten minutes,
+# thousand training steps. On two cores, `shapes` trains in minutes, `mnist` in less than ten,
 # and `--small` in hours.
 QUICK = dict(kl_weight=0.5, vae_batch=64, vae_lr=2e-3, res_blocks=1, attention=(), heads=1,
              dropout=0.0, predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=250,
@@ -1169,7 +1169,7 @@ def load_folder(folder, size, train, channels=3):
     classes = class_names(files)
     stray = sum(len(path.parts) == 1 for path in files)    # images outside of subfolders
     if 0 < stray < len(files):
-        say(f"no labels: {stray} of {len(files)} images in {folder} not in a subfolder")
+        say(f"no labels, as {stray} of {len(files)} images in {folder} are not in a subfolder")
     hashes = {path: zlib.crc32(path.as_posix().encode(errors="surrogateescape")) for path in files}
     limit = max(2**32 // 20, min(hashes.values(), default=0))    # the test split gets an image
     files = sorted((path for path in files if (hashes[path] > limit) == train), key=hashes.get)
@@ -1390,13 +1390,13 @@ def modified(path):
 def save_checkpoint(model, state):
     """Write model.pt atomically, then config.json and log.csv for people to read.
 
-    Raises OSError if model.pt cannot be written, ValueError if another process or run wrote it.
+    Raises OSError if model.pt cannot be written, ValueError if another process wrote it.
     """
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
     if modified(path) != state["modified"]:
-        raise ValueError(f"{path} was written by another process or run; stop that process to "
-                         "continue from its checkpoint, or change --run-dir")
+        raise ValueError(f"{path} was written by another process; stop it to continue from its "
+                         "checkpoint, or change --run-dir")
     if model.vae:    # the mixture may have been replaced
         options["gmm_components"] = len(model.mixture.weights)
     saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(),

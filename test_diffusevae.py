@@ -1437,7 +1437,7 @@ def test_labels_are_those_of_image_folder(tmp_path, capsys):
     assert found == truth and set(truth.values()) == {0, 1, 2}
     gray_image(tmp_path / "40.png", 40)
     assert grays(tmp_path, "train")[1] is None and grays(tmp_path, "test")[1] is None
-    assert capsys.readouterr().out.count(f"no labels: 1 of 41 images in {tmp_path} not in a subfolder") == 2
+    assert capsys.readouterr().out.count(f"no labels, as 1 of 41 images in {tmp_path} are not in a subfolder") == 2
 
 def test_numbered_folders_are_in_numeric_order(tmp_path):
     """Folder "10" comes after "9", names come after numbers, and class_names gives the name of every label."""
@@ -2081,7 +2081,7 @@ def test_a_model_that_was_not_loaded_does_not_replace_a_checkpoint():
     """A checkpoint is replaced only by the process that saved or loaded it."""
     assert command("--run-dir r --stage vae") == 0
     before = files("r")
-    with pytest.raises(ValueError, match="r/model.pt was written by another process or run"):
+    with pytest.raises(ValueError, match="r/model.pt was written by another process"):
         diffusevae.save_checkpoint(DiffuseVAE(tiny(run_dir="r")), new_state())
     assert files("r") == before
     model, state = diffusevae.load_run("r")
