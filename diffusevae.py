@@ -928,8 +928,8 @@ class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
             numbers = given if kind is tuple else [given] if kind in (int, float) else []
             low, high = f.metadata["range"]
             rule = ""
-            if choices and kind(given) not in choices:
-                rule = f"one of {', '.join(map(str, choices))}"
+            if choices and given not in choices:
+                rule = f"one of {', '.join(map(repr, choices))}"
             elif not all(low <= number <= high for number in numbers):
                 rule = f"between {low} and {high}"
             elif kind is not float and any(number % 1 for number in numbers):

@@ -905,7 +905,7 @@ def test_missing_parts_are_named():
     assert plain.mixture is None and plain.reconstruct(x) == (None, None)
     assert plain.refine(None, plain.noise(2)).shape == plain.sample(2).shape == (2, 3, 8, 8)
     model = DiffuseVAE(tiny(z_cond=True))
-    with pytest.raises(ValueError, match="z .*if z_dim > 0"):
+    with pytest.raises(ValueError, match="z when z_dim > 0"):
         model.refine(x)
     assert model.refine(x, z=z).shape == x.shape
 
@@ -973,7 +973,7 @@ def test_options_for_one_call():
         assert model.config == before and not torch.equal(got, model.decode(z, noise, seeded(1)))
     for words, options in (("--eta must be between 0 and 1, got 1.1", dict(eta=1.1)),
                            ("--eta must be between 0 and 1, got nan", dict(eta=math.nan)),
-                           ("--spacing must be one of uniform, trailing, quad, got 'even'", dict(spacing="even")),
+                           ("--spacing must be one of 'uniform', 'trailing', 'quad', got 'even'", dict(spacing="even")),
                            ("--order must be one of 1, 2, got 3", dict(order=3)),
                            ("steps must be", dict(steps=1001)), ("--prior must be one of", dict(prior="flat")),
                            ("variance must be small", dict(variance="large", eta=1.0))):
@@ -1098,7 +1098,7 @@ def test_every_option_at_its_edges():
     ("formulation", np.str_("2"), "2"), ("order", np.int64(1), 1), ("run_dir", Path("r"), "r"),
     ("unet_mults", np.array([1, 2]), (1, 2)), ("unet_mults", [1, 2.0], (1, 2)),
     ("attention", (np.int32(8), torch.tensor(4)), (8, 4)), ("attention", (), ()), ("z_dim", 2.5, None),
-    ("unet_mults", (1, 2.5), None), ("order", 1.5, None), ("formulation", 2, "2")))
+    ("unet_mults", (1, 2.5), None), ("order", 1.5, None)))
 def test_values_are_converted(name, given, expected):
     """Values take the type of their option, since a checkpoint cannot hold NumPy's types; fractions are refused."""
     if expected is None:    # a fraction
