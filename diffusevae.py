@@ -1390,13 +1390,13 @@ def modified(path):
 def save_checkpoint(model, state):
     """Write model.pt atomically, then config.json and log.csv for people to read.
 
-    Raises OSError if model.pt cannot be written, ValueError if another process wrote it.
+    Raises OSError if model.pt cannot be written, ValueError if another process or model did.
     """
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
     if modified(path) != state["modified"]:
-        raise ValueError(f"{path} was written by another process; stop it to continue from its "
-                         "checkpoint, or change --run-dir")
+        raise ValueError(f"{path} was changed by another process or model; stop that process, or "
+                         "change --run-dir")
     if model.vae:    # the mixture may have been replaced
         options["gmm_components"] = len(model.mixture.weights)
     saved = dict(format=CHECKPOINT_FORMAT, options=options, model=model.state_dict(),

@@ -2074,14 +2074,14 @@ def test_a_second_training_in_the_same_folder(capsys, monkeypatch, stage, saved)
     after = {}
     monkeypatch.setattr(diffusevae, f"train_{stage}", interrupted)
     message = refusal(capsys, command("--run-dir r"))
-    assert message.startswith("diffusevae: r/model.pt was written by another process") and files("r") == after
+    assert message.startswith("diffusevae: r/model.pt was changed by another process or model") and files("r") == after
     assert torch.load("r/model.pt", weights_only=True)["steps"] == dict(vae=4, ddpm=4)
 
 def test_a_model_that_was_not_loaded_does_not_replace_a_checkpoint():
     """A checkpoint is replaced only by the process that saved or loaded it."""
     assert command("--run-dir r --stage vae") == 0
     before = files("r")
-    with pytest.raises(ValueError, match="r/model.pt was written by another process"):
+    with pytest.raises(ValueError, match="r/model.pt was changed by another process or model"):
         diffusevae.save_checkpoint(DiffuseVAE(tiny(run_dir="r")), new_state())
     assert files("r") == before
     model, state = diffusevae.load_run("r")
