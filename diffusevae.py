@@ -1390,7 +1390,7 @@ def modified(path):
 def save_checkpoint(model, state):
     """Write model.pt atomically, then config.json and log.csv for people to read.
 
-    Raises OSError if model.pt cannot be written, ValueError if another process or model did.
+    Raises OSError if model.pt cannot be written, ValueError if another process or model changed it.
     """
     run_dir, options = Path(model.config.run_dir), model.config.group(ModelOptions, TrainingOptions)
     path = run_dir / "model.pt"
