@@ -938,16 +938,13 @@ class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
                 raise ValueError(f"{flag(f.name)} must be {rule}, got {given!r}")
             value = tuple(map(int, given)) if kind is tuple else kind(given)
             setattr(self, f.name, value)    # a checkpoint cannot hold NumPy's types
-        name, folder = self.dataset, None
+        name = self.dataset
         if name == "folder":
             folder = Path(os.path.expanduser(self.data_dir)).resolve()
             self.data_dir = str(folder)
             name = f"folder-{folder.name}-{zlib.crc32(os.fsencode(folder)):08x}"
         run_dir = self.run_dir or f"runs/{name}" + ("-small" if self.small else "")
         self.run_dir = os.path.expanduser(run_dir)
-        if Path(self.run_dir).resolve() == folder:
-            raise ValueError("--run-dir must differ from --data-dir, or samples would become "
-                             "training images")
 
     @classmethod
     def preset(cls, dataset="shapes", **options):
@@ -1629,6 +1626,9 @@ def train(model, state):
     c, run_dir, steps = model.config, Path(model.config.run_dir), state["steps"]
     if c.stage == "vae":
         model.require_vae()
+    if run_dir.resolve() == Path(c.data_dir):
+        raise ValueError("--run-dir must differ from --data-dir, or samples would become training "
+                         "images")
     stages = []    # name, generator of log rows, number of training steps
     if model.vae:
         stages.append(("vae", train_vae, c.vae_steps))

@@ -2532,10 +2532,10 @@ def test_home_is_expanded(capsys, monkeypatch):
     assert command(FOLDER, "~/cats --run-dir ~/r") == 0
     assert Path("home/r/model.pt").exists() and sorted(os.listdir()) == ["home"]
     assert diffusevae.load_run("home/r")[0].config.data_dir == str(Path("home/cats").resolve())
-    assert reopen("~/r", "--stage vae") == 0
+    assert reopen("~/r", "--stage vae") == command(FOLDER, "~/cats --run-dir data") == 0
+    assert command("--dataset folder --run-dir data --stage vae") == 0    # "data" is also the default of --data-dir
     for same in ("~/cats", "home/cats", "home/r/../cats"):
-        message = refusal(capsys, command(FOLDER, "~/cats --run-dir", same))
-        assert "--run-dir must differ from --data-dir" in message
+        assert "--run-dir must differ from --data-dir" in refusal(capsys, command(FOLDER, "~/cats --run-dir", same))
     assert len(files("home/cats")) == 30
 
 @pytest.mark.parametrize("data, images", (("r/samples", "r/samples"), (".", "r/samples"), ("p", "r/vae_samples")))
