@@ -965,8 +965,7 @@ class Config(TrainingOptions, ModelOptions, RunOptions):    # last base first
         return {f.name: getattr(self, f.name) for group in groups for f in fields(group)}
 
 # For a CPU: v-prediction, the cosine schedule and high learning rates give clean samples after some
-# thousand training steps. On two cores, `shapes` trains in minutes, `mnist` in less than ten,
-# and `--small` in hours.
+# thousand training steps: on two cores, minutes for `shapes` and `mnist`, hours for `--small`.
 QUICK = dict(kl_weight=0.5, vae_batch=64, vae_lr=2e-3, res_blocks=1, attention=(), heads=1,
              dropout=0.0, predict="v", schedule="cosine", warmup=100, ema=0.995, save_every=250,
              compile=False, steps=10, order=1)
@@ -1238,8 +1237,7 @@ def train_vae(model, images, state):
 
     Whenever it yields, every `log_every` steps and at the end, `model` and `state` hold all that is
     needed to resume. Each step seeds PyTorch's global generator from the seed and the step, so a
-    resumed run on a CPU equals an uninterrupted one. Raises ValueError if the loss or a parameter
-    is not finite.
+    resumed run on a CPU equals an uninterrupted one. Raises ValueError for non-finite values.
     """
     model.require_vae()
     c, vae, device = model.config, model.vae, model.device
@@ -1554,7 +1552,7 @@ def sample_images(model):
         g = generators(c.seed, "sample", indices)
         both = [x for x in model.sample_both(len(g), g) if x is not None]    # x_hat and x
         if c.save_images:
-            for folder, x in zip(("samples", "vae_samples"), both[::-1]):    # x is first now
+            for folder, x in zip(("samples", "vae_samples"), both[::-1]):    # x, then x_hat
                 save_pngs(run_dir / folder, indices, x)
         if start < 64:
             shown.append(torch.stack(both))    # [1 or 2, B, C, S, S]
@@ -1627,8 +1625,7 @@ def train(model, state):
     if c.stage == "vae":
         model.require_vae()
     if run_dir.resolve() == Path(c.data_dir):
-        raise ValueError("--run-dir must differ from --data-dir, or samples would become training "
-                         "images")
+        raise ValueError("--run-dir must differ from --data-dir, or samples would be trained on")
     stages = []    # name, generator of log rows, number of training steps
     if model.vae:
         stages.append(("vae", train_vae, c.vae_steps))
@@ -1655,8 +1652,7 @@ def train(model, state):
             leftover.unlink()
     if not state["modified"]:    # fail now, rather than hours later
         if any(run_dir.glob("*samples")):    # a user's images, or those of another model
-            raise ValueError(f"{run_dir} has a folder of samples but no model.pt; move the folder "
-                             "or change --run-dir")
+            raise ValueError(f"{run_dir} has samples but no model.pt; move them or set --run-dir")
         save_checkpoint(model, state)
 
     must_save = True    # the first checkpoint of a command and the last one must succeed

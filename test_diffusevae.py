@@ -2544,7 +2544,7 @@ def test_samples_replace_nothing_else(capsys, data, images):
     photos("p"), photos(images)
     before = files("r")
     message = refusal(capsys, command(FOLDER, data, "--run-dir r --save-images"))
-    assert "r has a folder of samples but no model.pt" in message and files("r") == before
+    assert "r has samples but no model.pt" in message and files("r") == before
 
 def test_random_command_lines(capsys):
     """Random options, good and bad, run to the end or give one sentence; weights are finite, files are whole."""
