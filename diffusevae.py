@@ -1202,6 +1202,8 @@ def load_images(config, split):
     if name == "shapes":
         images, labels = draw_shapes(50_000 if train else 10_000, c.image_size, seed=2 - train)
     elif name == "folder":
+        if Path(c.run_dir).resolve() == Path(c.data_dir):
+            raise ValueError("--run-dir must differ from --data-dir, or samples would become data")
         images, labels = load_folder(c.data_dir, size, train, c.channels)
     else:
         import torchvision
@@ -1624,8 +1626,6 @@ def train(model, state):
     c, run_dir, steps = model.config, Path(model.config.run_dir), state["steps"]
     if c.stage == "vae":
         model.require_vae()
-    if run_dir.resolve() == Path(c.data_dir):
-        raise ValueError("--run-dir must differ from --data-dir, or samples would be trained on")
     stages = []    # name, generator of log rows, number of training steps
     if model.vae:
         stages.append(("vae", train_vae, c.vae_steps))
